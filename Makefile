@@ -1,0 +1,52 @@
+# Two commands on a machine that has Python >= 3.11 and make: `make demo` and `make test`.
+# Each makes .venv when it is missing or out of date. `make install` does only that.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+THREADS := OMP_NUM_THREADS=1
+# PyPI's torch for Linux is the CUDA build. A machine without an NVIDIA GPU takes the CPU build: from the configured
+# package index where it has one, else from PyTorch's own index. Override: make install TORCH_INDEX="--index-url ...".
+TORCH_INDEX ?=
+CPU_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu
+
+.PHONY: install demo test check test-slow test-gpu bench bench-cpu clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; sys.exit("fastrl needs Python 3.11 or newer: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@set -e; index="$(TORCH_INDEX)"; \
+	if [ -z "$$index" ] && [ "$$(uname)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1 \
+	   && ! $(BIN)/pip install --quiet --dry-run --no-deps torch==2.13.0+cpu >/dev/null 2>&1; then index="$(CPU_INDEX)"; fi; \
+	echo "installing torch 2.13.0 and fastrl into $(VENV) (a few minutes the first time)"; \
+	$(BIN)/pip install --quiet --disable-pip-version-check $$index -c constraints.txt torch==2.13.0 'setuptools>=77' numpy; \
+	$(BIN)/pip install --quiet --disable-pip-version-check $$index -c constraints.txt --no-build-isolation -e '.[test]'
+	@touch $@
+
+demo: install
+	$(BIN)/fastrl demo
+
+test: check
+	$(THREADS) $(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-slow: install
+	$(THREADS) $(BIN)/python -m pytest -m 'slow and not gpu' -n 2 --timeout 3600
+
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu
+
+bench: install
+	$(BIN)/python -m bench
+
+bench-cpu: install
+	$(BIN)/python -m bench --device cpu --quick
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
