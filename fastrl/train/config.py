@@ -98,14 +98,35 @@ class TrainConfig:
         output_dir: run directory; a used one needs resume_from_checkpoint or another name.
         train_dataset: JSONL or parquet file.
         eval_dataset: held-out file of the same format.
+        seed: of the data order and every sample.
         max_steps: optimizer steps; -1 trains num_train_epochs.
+        num_train_epochs: passes over the data when max_steps is -1.
         per_device_train_batch_size: sequences a device contributes to one accumulation step; the product with
             gradient_accumulation_steps is the optimizer step's batch. Memory is set by packing.token_budget.
+        gradient_accumulation_steps: batches of per_device_train_batch_size in one optimizer step.
+        learning_rate: AdamW's, at the end of warm-up.
         lr_scheduler_type: shape of the learning rate after warm-up.
+        warmup_steps: steps in which the learning rate grows linearly from 0.
         warmup_ratio: share of the steps spent warming up, when warmup_steps is 0.
+        weight_decay: AdamW's, decoupled from the gradient.
+        adam_beta1, adam_beta2: decay of AdamW's running mean of the gradient and of its square.
+        adam_epsilon: added to the root of the running mean of squares.
+        max_grad_norm: gradients with a larger global norm are scaled down to it; 0 never scales.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         dtype: compute precision; master weights and optimizer state are float32.
+        device: where to train; auto takes a GPU when there is one.
+        attn_implementation: attention over packed sequences; auto takes the fastest that is installed.
+        trust_remote_code: run Python code that comes with the model.
+        logging_steps: steps between log lines.
+        save_steps: steps between checkpoints.
+        save_total_limit: newest checkpoints kept; None keeps all.
+        eval_steps: steps between evaluations on eval_dataset.
         resume_from_checkpoint: a checkpoint directory, or "auto" for the newest whole one (a fresh start when none).
         on_nonfinite: what a non-finite loss or gradient norm does: "halt" the run or "skip" the step.
+        data: how rows become token sequences.
+        packing: how sequences are cut into micro-batches.
+        kernels: which implementation of the ops runs.
+        report: what the run shows.
     """
 
     model_name_or_path: str
@@ -212,19 +233,34 @@ class GRPOConfig(TrainConfig):
         reward_funcs: names of built-in rewards, or `package.module:function`.
         reward_weights: one per reward function; None weighs all by 1.
         num_generations: completions per prompt (G).
+        max_completion_length: most tokens of a completion.
+        temperature: divides the logits when sampling and when training.
+        top_p: sample from the smallest set of tokens whose probability reaches it; 1 keeps all.
+        top_k: sample from the k most likely tokens; 0 keeps all.
+        min_p: drop tokens below this share of the most likely token's probability; 0 keeps all.
+        repetition_penalty: makes tokens that occurred already less likely; 1 is none.
+        stop: texts that end a completion.
         steps_per_generation: optimizer steps a generated batch is cut into.
         num_iterations: passes over each generated batch (mu).
         beta: KL coefficient; 0 needs no reference model.
-        kl_estimator, kl_placement: which estimator, and whether it enters the loss or the reward.
-        epsilon, epsilon_high, delta: lower and upper clip range of the ratio; cap of the ratio before the minimum.
+        kl_estimator: which estimator of the KL to the reference.
+        kl_placement: whether the KL enters the loss or the reward.
+        epsilon: the ratio is clipped at 1 - epsilon, and at 1 + epsilon when epsilon_high is not set.
+        epsilon_high: the ratio is clipped at 1 + epsilon_high; cispo caps the ratio itself at it.
+        delta: cap of the ratio before the minimum, for negative advantages.
         loss_type: how tokens are averaged: "grpo" per sequence, "dapo" over all tokens, "dr_grpo" by a constant,
             "bnpo" is another word TRL uses for "dapo" on one device.
         scale_rewards: divide centred rewards by the group's or the batch's standard deviation, or not.
         importance_sampling_level: ratio per token, or per sequence (GSPO).
+        entropy_coef: weight of the entropy bonus.
         top_entropy_quantile: share of trained tokens, those of highest entropy, that keep a policy gradient.
         mask_truncated_completions: truncated completions leave the loss (DAPO's overlong filtering).
         target_kl: stop the remaining updates of a batch when the mean KL to the sampling policy exceeds it.
         adaptive_kl_target: steer beta towards this KL to the reference; None keeps beta fixed.
+        sampler_correction: correction for a sampler that differs from the trainer.
+        dynamic_sampling: replacing groups without signal.
+        overlong: soft punishment of long completions.
+        rollout: how completions are sampled.
     """
 
     algorithm: Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo", "cispo", "sapo", "ppo"] = "grpo"
@@ -263,21 +299,28 @@ class GRPOConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Accuracy of a model on held-out prompts, with its sampling error.
+class InferenceConfig:
+    """The fields of the recipes that only sample.
 
     Attributes:
+        model_name_or_path: directory in the Hugging Face layout (config, safetensors, tokenizer).
         num_generations: completions per prompt.
-        temperature: 0 is greedy.
+        max_completion_length: most tokens of a completion.
+        temperature: divides the logits; 0 is greedy.
+        top_p: sample from the smallest set of tokens whose probability reaches it; 1 keeps all.
+        top_k: sample from the k most likely tokens; 0 keeps all.
+        seed: of every sample.
+        dtype: precision of the weights.
+        device: where to run; auto takes a GPU when there is one.
+        trust_remote_code: run Python code that comes with the model.
+        data: how rows become prompts.
+        rollout: how completions are sampled.
     """
 
     model_name_or_path: str
-    eval_dataset: str
-    reward_funcs: tuple[str, ...]
-    output_dir: str | None = None
     num_generations: int = 1
     max_completion_length: int = 256
-    temperature: float = 0.0
+    temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 42
@@ -289,33 +332,40 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class EvalConfig(InferenceConfig):
+    """Accuracy of a model on held-out prompts, with its sampling error.
+
+    Attributes:
+        eval_dataset: JSONL or parquet file of prompts.
+        reward_funcs: names of built-in rewards, or `package.module:function`.
+        output_dir: where the completions and the result go; None prints the result only.
+    """
+
+    eval_dataset: str
+    reward_funcs: tuple[str, ...]
+    output_dir: str | None = None
+    temperature: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(InferenceConfig):
     """Completions of one or more prompts.
 
     Attributes:
         prompts: texts on the command line.
         prompt_file: JSONL or parquet with a `prompt` column.
         output_file: JSONL to write; standard output when None.
+        min_p: drop tokens below this share of the most likely token's probability; 0 keeps all.
+        repetition_penalty: makes tokens that occurred already less likely; 1 is none.
+        stop: texts that end a completion.
     """
 
-    model_name_or_path: str
     prompts: tuple[str, ...] = ()
     prompt_file: str | None = None
     output_file: str | None = None
-    num_generations: int = 1
-    max_completion_length: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
-    seed: int = 42
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    trust_remote_code: bool = False
-    data: DataBlock = DataBlock()
-    rollout: RolloutBlock = RolloutBlock()
 
 
 @dataclass(frozen=True, kw_only=True)
