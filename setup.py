@@ -1,0 +1,69 @@
+"""Build fastrl._C from csrc/ when a C++ compiler and torch are there; else install pure Python, with one line to say so.
+
+All metadata is in pyproject.toml. torch is not a build requirement: to build the extension, install torch first and
+then `pip install --no-build-isolation -e .`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+try:
+    import torch
+    from torch.utils.cpp_extension import include_paths
+except ImportError:
+    torch = None
+
+
+def notice(reason: str) -> None:
+    """One line; pip shows it with -v or when something fails."""
+    print(f"fastrl: installing without the native CPU ops ({reason}); everything works on torch", file=sys.stderr)
+
+
+class BuildOrGoWithout(build_ext):
+    """The extension is an accelerator: no trouble in building it may stop the installation."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:
+            notice(f"the C++ build failed: {str(error).splitlines()[0]}")
+            self.extensions = []
+
+
+def extensions() -> list[Extension]:
+    if torch is None:
+        notice("torch is not importable here; use pip install --no-build-isolation")
+        return []
+    if sys.platform == "win32":
+        notice("not built on Windows")
+        return []
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
+    return [
+        Extension(
+            "fastrl._C",
+            sources,
+            depends=["csrc/fastrl.h"],
+            include_dirs=include_paths(),
+            define_macros=[("Py_LIMITED_API", "0x030B0000")],
+            extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden"],
+            library_dirs=[str(Path(torch.__file__).parent / "lib")],
+            libraries=["torch", "torch_cpu", "c10"],
+            py_limited_api=True,
+            language="c++",
+        )
+    ]
+
+
+if not (ROOT / "fastrl" / "kernels").is_dir():
+    raise SystemExit(
+        "fastrl/kernels must be a symbolic link to ../kernels, but it was checked out as a file: "
+        "run `git config core.symlinks true && git checkout -- fastrl/kernels` (on Windows with developer mode on)"
+    )
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildOrGoWithout})
