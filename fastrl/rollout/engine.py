@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -34,6 +35,27 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Refuse parameters that describe no distribution; one sentence that names the field.
+
+    Raises:
+        ValueError: a value out of range, or not a number.
+    """
+    rules = (
+        ("max_completion_length", sampling.max_completion_length >= 1, "at least 1"),
+        ("temperature", 0.0 <= sampling.temperature < math.inf, "0 (greedy) or a positive number"),
+        ("top_p", 0.0 < sampling.top_p <= 1.0, "in (0, 1]; 1 keeps all tokens"),
+        ("top_k", sampling.top_k >= 0, "0 (keep all) or a positive integer"),
+        ("min_p", 0.0 <= sampling.min_p <= 1.0, "in [0, 1]; 0 keeps all tokens"),
+        ("repetition_penalty", 0.0 < sampling.repetition_penalty < math.inf, "a positive number; 1 is none"),
+    )
+    for name, is_good, range_ in rules:
+        if not is_good:
+            raise ValueError(f"sampling.{name} must be {range_}, got {getattr(sampling, name)}")
+    if "" in sampling.stop:
+        raise ValueError("sampling.stop holds an empty string, which would end every completion at its first token")
 
 
 class Engine(Protocol):
