@@ -1,0 +1,95 @@
+"""The public edge of the ops: shapes, dtypes and ranges are checked here, once, in one sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def check_shapes(spec: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """Check shapes against a spec such as "hidden[N,D] weight[V,D] target[N]"; None tensors are absent options.
+
+    Raises:
+        ValueError: a tensor with other axes, naming it, what was expected and what came.
+    """
+    sizes: dict[str, int] = {}
+    for item in spec.split():
+        name, axes = item.rstrip("]").split("[")
+        expected = axes.split(",") if axes else []
+        tensor = tensors[name]
+        if tensor is None:
+            continue
+        shape = tuple(tensor.shape)
+        if len(shape) != len(expected):
+            raise ValueError(f"{name} must be [{axes}], got shape {shape}")
+        for axis, size in zip(expected, shape, strict=True):
+            if sizes.setdefault(axis, size) != size:
+                raise ValueError(f"{name} must be [{axes}] with {axis}={sizes[axis]}, got shape {shape}")
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, valid_vocab: int | None) -> None:
+    """Check dtypes and devices of a linear head, and that the valid part of its vocabulary exists.
+
+    Raises:
+        ValueError: what is wrong, and the remedy.
+    """
+    if not hidden.is_floating_point():
+        raise ValueError(f"hidden must be floating point, got {hidden.dtype}")
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}: cast one with .to()"
+        )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}: move one with .to()")
+    check_vocab(weight.shape[0], valid_vocab)
+
+
+def check_vocab(size: int, valid_vocab: int | None) -> None:
+    """Check that 1 <= valid_vocab <= size, and that there is a vocabulary at all."""
+    if size == 0:
+        raise ValueError("the vocabulary axis V must not be empty, got V=0")
+    if valid_vocab is not None and not 1 <= valid_vocab <= size:
+        raise ValueError(f"valid_vocab must be between 1 and V={size}, got {valid_vocab}")
+
+
+def check_target(target: Tensor, vocabulary: int) -> None:
+    """Check that target holds int64 token ids below `vocabulary`; negative ones are ignored tokens.
+
+    On CUDA only the dtype is checked, because reading the range would stall the device: there an id out of range
+    ends in torch's device-side assert.
+
+    Raises:
+        ValueError: another dtype, or an id out of range.
+    """
+    if target.dtype != torch.int64:
+        raise ValueError(f"target must be int64, got {target.dtype}")
+    if target.device.type == "cpu" and target.numel() and (top := int(target.max())) >= vocabulary:
+        raise ValueError(f"target must be below the vocabulary of {vocabulary}, got {top} (use -100 to ignore a token)")
+
+
+def check_map(temperature: float | Tensor, softcap: float | None, logit_scale: float) -> None:
+    """Check temperature > 0 (a number; a tensor's values are the caller's), softcap > 0 and a finite scale."""
+    if isinstance(temperature, Tensor):
+        if temperature.requires_grad:
+            raise ValueError("temperature is a constant: detach() it; no gradient is computed for it")
+    elif not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature} (greedy log-probabilities use 1)")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if not abs(logit_scale) < float("inf"):
+        raise ValueError(f"logit_scale must be finite, got {logit_scale}")
+
+
+def check_chunk_rows(chunk_rows: int | None) -> None:
+    """Check that chunk_rows, when given, is at least 1."""
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+
+
+def check_row_weight(row_weight: Tensor | None) -> None:
+    """Check that row_weight, when given, is a constant."""
+    if row_weight is not None and row_weight.requires_grad:
+        raise ValueError("row_weight is a constant: detach() it; no gradient is computed for it")

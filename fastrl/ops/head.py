@@ -1,0 +1,113 @@
+"""The linear head a chunk of rows at a time: logits of a chunk, the gradients they leave, how many rows fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastrl.ops.gemm import accumulation_dtype, addmm_, mm, operand
+from fastrl.ops.logit_map import LogitMap
+
+# Float32 logits of one chunk. Fewer rows read and write the weight's gradient more often; more rows need memory.
+CUDA_CHUNK_BYTES = 1 << 30
+CPU_CHUNK_BYTES = 4 << 20  # measured: stays in a core's cache; see bench/NOTES.md
+
+
+def default_chunk_rows(n: int, v: int, device: torch.device) -> int:
+    """Rows per chunk so that one chunk's float32 logits fit the device's budget; chunks are of nearly equal size.
+
+    At least 32 rows, so that a large vocabulary still gives matrix products and not vector products.
+    """
+    budget = CUDA_CHUNK_BYTES if device.type == "cuda" else CPU_CHUNK_BYTES
+    most = max(32, budget // (4 * max(v, 1)))
+    chunks = -(-n // most)
+    return -(-n // chunks) if n else 1
+
+
+def chunks(n: int, size: int) -> Iterator[slice]:
+    """Slices of `size` rows that cover range(n); the last may be shorter."""
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+@dataclass(frozen=True, slots=True)
+class HeadOperands:
+    """A head ready for chunked products.
+
+    Attributes:
+        weight: [V, D] as `gemm.operand` gives it.
+        bias: [V] in the accumulation dtype, or None.
+        logit_map: of all N rows.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_map: LogitMap
+
+    def raw(self, hidden: Tensor) -> Tensor:
+        """hidden [C, D] operand -> [C, V] logits before the map, in the accumulation dtype; fresh memory."""
+        logits = mm(hidden, self.weight.t())
+        return logits if self.bias is None else logits.add_(self.bias)
+
+
+def head_operands(weight: Tensor, bias: Tensor | None, logit_map: LogitMap) -> HeadOperands:
+    """The head of tensors as the caller has them."""
+    return HeadOperands(operand(weight), None if bias is None else bias.to(accumulation_dtype(weight)), logit_map)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Which of the head's tensors want a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    def any(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+class HeadGradient:
+    """Owns the sums that chunks add to: d hidden [N, D], d weight [V, D], d bias [V]; None where not needed.
+
+    d weight and d bias are summed in the accumulation dtype; each d hidden row is written once.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, needs: Needs) -> None:
+        dtype = accumulation_dtype(hidden)
+        # fp16 cannot hold a token's share of the loss; it is rounded after grad_output (a GradScaler's) multiplied it.
+        kept = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+        self.hidden = torch.zeros(hidden.shape, dtype=kept, device=hidden.device) if needs.hidden else None
+        self.weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs.weight else None
+        self.bias = torch.zeros(weight.shape[0], dtype=dtype, device=weight.device) if needs.bias else None
+
+    def add(self, head: HeadOperands, hidden: Tensor, rows: Tensor | slice, gradient: Tensor) -> None:
+        """Add a chunk.
+
+        Args:
+            head: whose weight made the logits.
+            hidden: [C, D] operand of the chunk.
+            rows: their places in the N rows.
+            gradient: [C, V] d loss / d raw in the accumulation dtype.
+        """
+        if self.bias is not None:
+            self.bias.add_(gradient.sum(0))
+        rounded = gradient.to(hidden.dtype)
+        if self.weight is not None:
+            addmm_(self.weight, rounded.t(), hidden)
+        if self.hidden is not None:
+            self.hidden[rows] = torch.mm(rounded, head.weight).to(self.hidden.dtype)
+
+    def settled(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The sums, rounded to the dtypes of the tensors they belong to; for fp16 they stay float32."""
+        return _rounded(self.hidden, hidden), _rounded(self.weight, weight), _rounded(self.bias, bias)
+
+
+def _rounded(total: Tensor | None, like: Tensor | None) -> Tensor | None:
+    if total is None or like is None or like.dtype == torch.float16:
+        return total
+    return total.to(like.dtype)

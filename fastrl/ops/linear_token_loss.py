@@ -1,0 +1,218 @@
+"""A per-token loss and its gradients in one pass over a linear head: 6 N D V operations, chunk x V memory.
+
+The loss is the caller's ordinary PyTorch on log-probability and entropy; no loss needs a head kernel of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastrl.ops.backend import Implementations, choose
+from fastrl.ops.checks import check_chunk_rows, check_head, check_map, check_row_weight, check_shapes, check_target
+from fastrl.ops.gemm import accumulation_dtype
+from fastrl.ops.head import Needs, default_chunk_rows, head_operands
+from fastrl.ops.linear_logprob import reference_logits
+from fastrl.ops.logit_map import LogitMap
+from fastrl.ops.single_pass import Plan, single_pass
+from fastrl.ops.token_stats import TokenStats, reference_stats
+
+# logprob [C], entropy [C], rows [C] int64 -> loss [C]
+LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+_IMPLEMENTATIONS = Implementations("linear_token_loss")
+
+
+class TokenLoss(NamedTuple):
+    """A weighted sum of per-token losses, and what it was made of.
+
+    Attributes:
+        loss: [] differentiable.
+        stats: [N] each, detached; 0 in rows whose weight is 0, which never reach the head.
+        skipped_bound: [] upper bound of sum |d loss / d logits| left out because of skip_tolerance.
+    """
+
+    loss: Tensor
+    stats: TokenStats
+    skipped_bound: Tensor
+
+
+def linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    loss_fn: LossFunction,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    valid_vocab: int | None = None,
+    row_weight: Tensor | None = None,
+    skip_tolerance: float = 0.0,
+    chunk_rows: int | None = None,
+    backend: str | None = None,
+) -> TokenLoss:
+    """Sum a per-token loss over a linear head, differentiated inside the chunk loop.
+
+        loss = sum_n row_weight[n] loss_fn(logprob, entropy, rows)[n]
+
+    with logprob and entropy of `linear_logprob`. `loss_fn` sees C rows at a time, in any partition, so its value for
+    a row may use nothing of other rows; what couples rows (token counts, group sizes) belongs into row_weight.
+
+    Args:
+        hidden: [N, D] last hidden states; differentiable.
+        weight: [V, D] head, in hidden's dtype; differentiable.
+        target: [N] int64. A negative one is ignored: logprob 0 without gradient.
+        loss_fn: logprob [C], entropy [C], rows [C] int64 (places in the N rows, to index constants with) ->
+            loss [C]. Tensors it closes over must not require grad. A constant gives no gradient.
+        bias: [V]; differentiable.
+        temperature: a number, or [N] one per row; a constant.
+        softcap: cap on the logits, before the temperature.
+        logit_scale: multiplies the logits, before the cap.
+        valid_vocab: rows of weight from here on are padding and are no tokens.
+        row_weight: [N] a constant; rows of weight 0 never reach the head. None weighs every row 1.
+        skip_tolerance: leave the rows with the smallest gradients out of the gradient products while the sum of
+            their bounds stays within this share of their chunk's. A row's bound of sum_v |d loss / d logit_v| is
+            (2 |d logprob| (1 - p) + 2 |d entropy| entropy) |logit_scale| / temperature. 0 leaves out exact zeros only.
+        chunk_rows: rows worked on at a time; None fits a memory budget. Changes rounding only.
+        backend: "reference" (N x V numbers, plain autograd) or "torch" (chunks); None: the machine's best.
+
+    Returns:
+        TokenLoss. The loss is float32 (float64 for float64 inputs).
+
+    Gradient: made in forward, multiplied by grad_output out of place in backward, so a second backward
+        (retain_graph), a GradScaler and accumulation see the same numbers. Differentiable once.
+
+    Cost: 6 A D V operations for A rows with a weight, less 4 D V for each row without coefficients and 2 N D V for a
+        frozen head or frozen hidden states; 2 A D V when no gradient is wanted. Memory: two chunks of float32
+        logits and a float32 [V, D].
+
+    Raises:
+        ValueError: shapes, dtypes or ranges that do not fit, or a loss_fn that closes over trainable tensors.
+        RuntimeError: the backend that was asked for cannot run here.
+    """
+    check_shapes(
+        "hidden[N,D] weight[V,D] target[N] bias[V] temperature[N] row_weight[N]",
+        {
+            "hidden": hidden,
+            "weight": weight,
+            "target": target,
+            "bias": bias,
+            "temperature": temperature if isinstance(temperature, Tensor) else None,
+            "row_weight": row_weight,
+        },
+    )
+    check_head(hidden, weight, bias, valid_vocab)
+    check_target(target, valid_vocab or weight.shape[0])
+    check_map(temperature, softcap, logit_scale)
+    check_row_weight(row_weight)
+    check_chunk_rows(chunk_rows)
+    if not 0 <= skip_tolerance < 1:
+        raise ValueError(f"skip_tolerance must be in [0, 1), got {skip_tolerance}")
+    chosen = choose(backend, hidden, _IMPLEMENTATIONS)
+    if valid_vocab is not None:
+        weight, bias = weight[:valid_vocab], None if bias is None else bias[:valid_vocab]
+    logit_map = LogitMap(logit_scale, softcap, temperature)
+    if chosen == "reference":
+        return _reference(hidden, weight, bias, target, loss_fn, logit_map, row_weight)
+    plan = Plan(
+        chunk_loss=lambda stats, rows: loss_fn(stats.logprob, stats.entropy, rows),
+        row_weight=None if row_weight is None else row_weight.to(accumulation_dtype(hidden)),
+        skip_tolerance=skip_tolerance,
+        chunk_rows=chunk_rows or default_chunk_rows(hidden.shape[0], weight.shape[0], hidden.device),
+    )
+    return differentiated_pass(hidden, weight, bias, target, logit_map, plan)
+
+
+def reference(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    loss_fn: LossFunction,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    valid_vocab: int | None = None,
+    row_weight: Tensor | None = None,
+) -> TokenLoss:
+    """What `linear_token_loss` means: plain autograd through N x V logits, without checks; nothing is skipped."""
+    weight, bias = weight[:valid_vocab], None if bias is None else bias[:valid_vocab]
+    logit_map = LogitMap(logit_scale, softcap, temperature)
+    return _reference(hidden, weight, bias, target, loss_fn, logit_map, row_weight)
+
+
+def _reference(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    loss_fn: LossFunction,
+    logit_map: LogitMap,
+    row_weight: Tensor | None,
+) -> TokenLoss:
+    trained = torch.ones_like(target, dtype=torch.bool) if row_weight is None else row_weight != 0
+    rows = trained.nonzero()[:, 0]
+    z = reference_logits(hidden[rows], weight, bias, logit_map.rows(rows))
+    stats = reference_stats(z, target[rows])
+    per_row = loss_fn(stats.logprob, stats.entropy, rows)
+    loss = (per_row if row_weight is None else per_row * row_weight[rows]).sum()
+    full = (torch.zeros_like(target, dtype=x.dtype).index_copy(0, rows, x.detach()) for x in stats)
+    return TokenLoss(loss, TokenStats(*full), torch.zeros_like(loss))
+
+
+def differentiated_pass(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, logit_map: LogitMap, plan: Plan
+) -> TokenLoss:
+    """`single_pass` as a differentiable function; when nothing wants a gradient, only its 2 N D V operations."""
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    with torch.autocast(hidden.device.type, enabled=False):
+        if not any(wanted):
+            head = head_operands(weight, bias, logit_map)
+            loss, stats, skipped_bound, _ = single_pass(hidden, target, head, Needs(False, False, False), plan)
+            return TokenLoss(loss, stats, skipped_bound)
+        loss, logprob, entropy, lse, skipped_bound = _SinglePass.apply(
+            hidden, weight, bias, target, logit_map, plan, Needs(*wanted)
+        )
+        return TokenLoss(loss, TokenStats(logprob, entropy, lse), skipped_bound)
+
+
+class _SinglePass(torch.autograd.Function):
+    """Keeps the gradients that `single_pass` made and scales them when they are asked for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        logit_map: LogitMap,
+        plan: Plan,
+        needs: Needs,
+    ) -> tuple[Tensor, ...]:
+        head = head_operands(weight, bias, logit_map)
+        loss, stats, skipped_bound, total = single_pass(hidden, target, head, needs, plan)
+        assert total is not None
+        ctx.save_for_backward(*total.settled(hidden, weight, bias))
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(*stats, skipped_bound)
+        ctx.set_materialize_grads(False)
+        return loss, *stats, skipped_bound
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 7
+        grads = (
+            None if grad is None else (grad * grad_loss).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *grads, None, None, None, None
