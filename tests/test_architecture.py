@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report",
     },
     "testing": {"types", "ops"},
-    "cli": {"recipes", "train", "ops"},
+    "cli": {"recipes", "train", "ops", "command"},
     "command": {"recipes", "train", "ops", "cli"},
 }
 # Parts whose imports of fastrl must sit inside functions, so that importing them stays light.

@@ -1,0 +1,250 @@
+"""Rules that a configuration must satisfy beyond the types of its fields; all are checked before torch is imported.
+
+Each problem is one line, `key: what is wrong; what to do`. The key is the dotted path of the option to look at first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from math import gcd
+from string import Formatter
+from typing import Any
+
+from fastrl.train.config import (
+    DataBlock,
+    EvalConfig,
+    GenerateConfig,
+    GRPOConfig,
+    InferenceConfig,
+    OverlongBlock,
+    SamplerCorrectionBlock,
+    SFTConfig,
+    TrainConfig,
+)
+from fastrl.train.validate_files import dataset_problem, file_problem, model_problem, writable_problem
+from fastrl.train.validate_ranges import range_problems
+from fastrl.train.validate_rewards import reward_problem
+
+Problems = Iterator[str]
+
+# Presets whose advantage compares the completions of one prompt.
+GROUPED = ("grpo", "dr_grpo", "dapo", "rloo", "gspo", "cispo", "sapo")
+# Systems whose constants include a KL term.
+PARITY_WITH_KL = ("openrlhf", "open_instruct")
+
+
+def problems(config: Any) -> list[str]:
+    """Everything that is wrong with a configuration, each with its remedy; empty when it can run.
+
+    Args:
+        config: an instance of a dataclass in `fastrl.train.config`.
+
+    Returns:
+        lines of the form `key: sentence`.
+    """
+    found = list(range_problems(config))
+    if found:
+        return found  # the rules below divide and compare: they assume numbers in range
+    return [problem for kind, rules in RULES if isinstance(config, kind) for problem in rules(config)]
+
+
+def notes(config: Any) -> list[str]:
+    """What is allowed but worth a word before the run, in the form of `problems`."""
+    found: list[str] = []
+    if not isinstance(config, (TrainConfig, InferenceConfig)):
+        return found
+    if config.dtype == "bfloat16" and config.device == "cpu":
+        found.append("dtype: bfloat16 on a CPU is usually slower than float32, and less exact")
+    if config.trust_remote_code:
+        found.append("trust_remote_code: Python code in the model's directory will run with your rights")
+    return found
+
+
+def _train(config: TrainConfig) -> Problems:
+    yield from model_problem(config.model_name_or_path)
+    yield from dataset_problem("train_dataset", config.train_dataset)
+    yield from dataset_problem("eval_dataset", config.eval_dataset)
+    yield from writable_problem("output_dir", config.output_dir)
+    yield from _data(config.data)
+    yield from _schedule(config)
+    yield from _machine(config)
+    if config.resume_from_checkpoint not in (None, "auto"):
+        yield from file_problem("resume_from_checkpoint", config.resume_from_checkpoint, is_directory=True)
+
+
+def _schedule(config: TrainConfig) -> Problems:
+    if config.max_steps == 0:
+        yield "max_steps: 0 trains nothing; set -1 for num_train_epochs, or at least 1"
+    if config.warmup_steps and config.warmup_ratio:
+        yield "warmup_ratio: has no effect while warmup_steps is set; set one of them"
+    if 0 < config.max_steps < config.warmup_steps:
+        yield f"warmup_steps: {config.warmup_steps} is more than max_steps {config.max_steps}; lower it"
+    if config.eval_steps and config.eval_dataset is None:
+        yield "eval_steps: has no effect without eval_dataset; set that too"
+
+
+def _machine(config: TrainConfig) -> Problems:
+    if config.device == "cpu" and config.attn_implementation in ("varlen", "flash"):
+        yield f"attn_implementation: {config.attn_implementation} needs a GPU and device is cpu; use sdpa"
+    elif config.attn_implementation == "flash" and find_spec("flash_attn") is None:
+        yield "attn_implementation: flash needs the package flash-attn, which is not installed; use varlen or auto"
+    for tracker in config.report.to:
+        if find_spec(tracker) is None:
+            yield f"report.to: the package {tracker} is not installed; pip install {tracker}"
+
+
+def _data(block: DataBlock) -> Problems:
+    for key, template in (
+        ("data.prompt_template", block.prompt_template),
+        ("data.completion_template", block.completion_template),
+    ):
+        if template is not None:
+            yield from _template(key, template)
+    yield from file_problem("data.chat_template", block.chat_template)
+
+
+def _template(key: str, template: str) -> Problems:
+    try:
+        names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        yield f"{key}: is no format string: {error}; write {{column}}, and {{{{ for a brace"
+        return
+    if not all(name[:1].isidentifier() for name in names):
+        yield f"{key}: every pair of braces must name a column, as {{question}}; write {{{{ for a brace"
+
+
+def _sft(config: SFTConfig) -> Problems:
+    if config.truncate and config.max_length is None:
+        yield "truncate: has no effect without max_length; set that too"
+    if config.max_length is not None and config.packing.token_budget < config.max_length:
+        yield (
+            f"packing.token_budget: {config.packing.token_budget} cannot hold one sequence of max_length "
+            f"{config.max_length}; raise it, or lower max_length"
+        )
+
+
+def _grpo(config: GRPOConfig) -> Problems:
+    yield from _rewards(config.reward_funcs)
+    if config.reward_weights is not None and len(config.reward_weights) != len(config.reward_funcs):
+        yield (
+            f"reward_weights: needs one number for each of the {len(config.reward_funcs)} reward_funcs, "
+            f"got {len(config.reward_weights)}"
+        )
+    yield from _groups(config)
+    yield from _policy(config)
+    yield from _kl(config)
+    yield from _lengths(config)
+    yield from _correction(config.sampler_correction)
+
+
+def _rewards(specs: tuple[str, ...]) -> Problems:
+    if not specs:
+        yield "reward_funcs: is empty; name at least one, such as numeric or package.module:function"
+    for spec in specs:
+        yield from reward_problem(spec)
+
+
+def _groups(config: GRPOConfig) -> Problems:
+    size = config.num_generations
+    if size < 2 and config.algorithm in GROUPED:
+        yield f"num_generations: {config.algorithm} compares completions of one prompt; set at least 2"
+    steps = config.gradient_accumulation_steps * config.steps_per_generation
+    per_device = config.per_device_train_batch_size
+    if per_device * steps % size:
+        unit = size // gcd(size, steps)
+        fitting = [n for n in (per_device // unit * unit, (per_device // unit + 1) * unit) if n]
+        yield (
+            f"num_generations: per_device_train_batch_size x gradient_accumulation_steps x steps_per_generation = "
+            f"{per_device} x {config.gradient_accumulation_steps} x {config.steps_per_generation} = "
+            f"{per_device * steps} completions are no whole number of groups of {size}; "
+            f"set per_device_train_batch_size to {' or '.join(map(str, fitting))}"
+        )
+
+
+def _policy(config: GRPOConfig) -> Problems:
+    if config.temperature == 0:
+        yield "temperature: 0 is greedy, every completion of a prompt would be the same; set it above 0"
+    if "" in config.stop:
+        yield "stop: an empty text would end every completion at once; remove it"
+    if config.parity and config.algorithm != "grpo":
+        yield f"parity: {config.parity} brings its own algorithm, and algorithm is {config.algorithm}; remove one"
+    upper = config.epsilon if config.epsilon_high is None else config.epsilon_high
+    if config.delta is not None and upper is not None and config.delta <= 1 + upper:
+        yield f"delta: {config.delta} caps the ratio below the clip range's upper end {1 + upper}; set it above"
+    if config.target_kl is not None and config.steps_per_generation * config.num_iterations == 1:
+        yield (
+            "target_kl: can stop nothing, each batch has one update: set num_iterations or steps_per_generation "
+            "above 1, or remove it"
+        )
+
+
+def _kl(config: GRPOConfig) -> Problems:
+    preset_has_kl = config.beta is None and config.parity in PARITY_WITH_KL
+    if config.adaptive_kl_target is not None and not config.beta and not preset_has_kl:
+        yield "adaptive_kl_target: steers beta, which must start above 0; set beta, such as 0.04"
+    if config.beta == 0:
+        for key, value in (("kl_estimator", config.kl_estimator), ("kl_placement", config.kl_placement)):
+            if value is not None:
+                yield f"{key}: has no effect while beta is 0; set beta above 0, or remove it"
+
+
+def _lengths(config: GRPOConfig) -> Problems:
+    if config.overlong.buffer > config.max_completion_length:
+        yield (
+            f"overlong.buffer: {config.overlong.buffer} is longer than max_completion_length "
+            f"{config.max_completion_length}; lower it"
+        )
+    if config.overlong.buffer == 0 and config.overlong.penalty != OverlongBlock().penalty:
+        yield "overlong.penalty: has no effect while overlong.buffer is 0; set a buffer, in tokens"
+    longest = config.max_completion_length + (config.rollout.max_prompt_length or 1)
+    if config.packing.token_budget < longest:
+        yield (
+            f"packing.token_budget: {config.packing.token_budget} cannot hold one sequence of "
+            f"rollout.max_prompt_length + max_completion_length = {longest} tokens; raise it"
+        )
+
+
+def _correction(block: SamplerCorrectionBlock) -> Problems:
+    default = SamplerCorrectionBlock()
+    if block.mode == "mask" and block.low >= block.high:
+        yield f"sampler_correction.low: {block.low} must be below sampler_correction.high {block.high}"
+    if block.mode == "none" and block.high != default.high:
+        yield "sampler_correction.high: has no effect while sampler_correction.mode is none; set the mode"
+    if block.mode != "mask" and block.low != default.low:
+        yield f"sampler_correction.low: has no effect while sampler_correction.mode is {block.mode}; set mask"
+
+
+def _inference(config: InferenceConfig) -> Problems:
+    yield from model_problem(config.model_name_or_path)
+    yield from _data(config.data)
+    if config.temperature == 0 and config.num_generations > 1:
+        yield "num_generations: at temperature 0 all completions of a prompt are the same; set 1, or a temperature"
+
+
+def _eval(config: EvalConfig) -> Problems:
+    yield from dataset_problem("eval_dataset", config.eval_dataset)
+    yield from _rewards(config.reward_funcs)
+    yield from writable_problem("output_dir", config.output_dir)
+
+
+def _generate(config: GenerateConfig) -> Problems:
+    if bool(config.prompts) == (config.prompt_file is not None):
+        yield "prompts: give either --prompts TEXT ... or --prompt_file FILE"
+    if "" in config.prompts:
+        yield "prompts: one of them is empty; a completion needs something to complete"
+    if "" in config.stop:
+        yield "stop: an empty text would end every completion at once; remove it"
+    yield from dataset_problem("prompt_file", config.prompt_file)
+    yield from writable_problem("output_file", config.output_file)
+
+
+# Configuration -> its rules; a subclass has its bases' rules too.
+RULES: tuple[tuple[type, Callable[[Any], Problems]], ...] = (
+    (TrainConfig, _train),
+    (SFTConfig, _sft),
+    (GRPOConfig, _grpo),
+    (InferenceConfig, _inference),
+    (EvalConfig, _eval),
+    (GenerateConfig, _generate),
+)

@@ -1,0 +1,82 @@
+"""The values each number in a configuration may take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from typing import Any
+
+# The values each number may take, wherever a configuration has an option of this name. NaN is in no interval.
+RANGES = {
+    "adam_beta1": "[0, 1)",
+    "adam_beta2": "[0, 1)",
+    "adam_epsilon": "(0, inf)",
+    "adaptive_kl_target": "(0, inf)",
+    "beta": "[0, inf)",
+    "data.max_rows": "[1, inf)",
+    "delta": "(1, inf)",
+    "dynamic_sampling.max_rounds": "[0, inf)",
+    "entropy_coef": "[0, inf)",
+    "epsilon": "(0, 1]",
+    "epsilon_high": "(0, inf)",
+    "eval_steps": "[1, inf)",
+    "gradient_accumulation_steps": "[1, inf)",
+    "kernels.chunk_rows": "[1, inf)",
+    "kernels.skip_tolerance": "[0, 1)",
+    "label_smoothing": "[0, 1)",
+    "learning_rate": "(0, inf)",
+    "logging_steps": "[1, inf)",
+    "max_completion_length": "[1, inf)",
+    "max_grad_norm": "[0, inf)",
+    "max_length": "[2, inf)",
+    "max_steps": "[-1, inf)",
+    "min_p": "[0, 1]",
+    "num_generations": "[1, inf)",
+    "num_iterations": "[1, inf)",
+    "num_train_epochs": "(0, inf)",
+    "overlong.buffer": "[0, inf)",
+    "overlong.penalty": "[0, inf)",
+    "packing.token_budget": "[2, inf)",
+    "per_device_train_batch_size": "[1, inf)",
+    "repetition_penalty": "(0, inf)",
+    "report.log_completions": "[0, inf)",
+    "reward_weights": "(-inf, inf)",
+    "rollout.batch_size": "[1, inf)",
+    "rollout.max_prompt_length": "[1, inf)",
+    "sampler_correction.high": "(0, inf)",
+    "sampler_correction.low": "[0, inf)",
+    "save_steps": "[1, inf)",
+    "save_total_limit": "[1, inf)",
+    "seed": "[0, 4294967295]",
+    "steps_per_generation": "[1, inf)",
+    "target_kl": "(0, inf)",
+    "temperature": "[0, inf)",
+    "top_entropy_quantile": "(0, 1]",
+    "top_k": "[0, inf)",
+    "top_p": "(0, 1]",
+    "warmup_ratio": "[0, 1]",
+    "warmup_steps": "[0, inf)",
+    "weight_decay": "[0, inf)",
+}
+
+
+def range_problems(config: Any) -> Iterator[str]:
+    """Each number of a configuration that is outside its interval."""
+    for key, value in _leaves(config):
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)) and not isinstance(number, bool) and not _inside(number, RANGES[key]):
+                yield f"{key}: must be in {RANGES[key]}, got {number}"
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in vars(config).items():
+        if is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _inside(number: float, interval: str) -> bool:
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    above = number >= low if interval[0] == "[" else number > low
+    return above and (number <= high if interval[-1] == "]" else number < high)

@@ -1,0 +1,82 @@
+"""Whether the rewards a configuration names exist, without importing their modules, which may import torch."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from difflib import get_close_matches
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def reward_problem(spec: str) -> Iterator[str]:
+    """Problem with one entry of reward_funcs; see `fastrl.rewards.resolve` for its forms."""
+    from fastrl.rewards.resolve import resolve_reward
+
+    target = spec.removeprefix("verl:").partition("(")[0]
+    place, colon, name = target.rpartition(":")
+    if colon:
+        yield from _imported(spec, place, name)
+        return
+    try:
+        resolve_reward(spec)  # a built-in, so nothing of the user's is imported
+    except ValueError as error:
+        listed = f"; write a list: reward_funcs: [{target}], or --reward_funcs {target.replace(',', ' ')}"
+        yield f"reward_funcs: {error}" + (listed if "," in target else "")
+
+
+def _imported(spec: str, place: str, name: str) -> Iterator[str]:
+    if place.endswith(".py"):
+        source: str | None = place
+    else:
+        module = _find(place)
+        if module is None:
+            yield f"reward_funcs: {spec}: there is no module {place}; is its folder on PYTHONPATH?"
+            return
+        source = module.origin
+    if source is None or not source.endswith(".py"):
+        return  # a compiled module tells nothing before it is imported
+    if not Path(source).is_file():
+        yield f"reward_funcs: {spec}: the file {source} does not exist"
+        return
+    try:
+        names = _top_level_names(ast.parse(Path(source).read_text(encoding="utf-8")))
+    except SyntaxError as error:
+        yield f"reward_funcs: {spec}: {source}:{error.lineno}: {error.msg}"
+        return
+    if name not in names and "*" not in names:
+        near = get_close_matches(name, names, n=1)
+        yield f"reward_funcs: {spec}: {source} has no {name}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _find(module: str) -> ModuleSpec | None:
+    """The module's spec. Unlike find_spec on a dotted name, this does not import its packages."""
+    first, *rest = module.split(".")
+    if not first.isidentifier():
+        return None
+    spec = find_spec(first)
+    name = first
+    for part in rest:
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        name = f"{name}.{part}"
+        spec = PathFinder.find_spec(name, spec.submodule_search_locations)
+    return spec
+
+
+def _top_level_names(tree: ast.Module) -> set[str]:
+    """What a module's statements bind, those inside top-level `if` and `try` included."""
+    names: set[str] = set()
+    waiting: list[ast.AST] = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        else:
+            waiting += ast.iter_child_nodes(node)
+    return names
