@@ -1,4 +1,4 @@
-"""Build fastrl._C from csrc/ when a C++ compiler and torch are there; else install pure Python, with one line to say so.
+"""Build fastrl._C from csrc/ when a C++ compiler and torch are there; else install pure Python and say so in one line.
 
 All metadata is in pyproject.toml. torch is not a build requirement: to build the extension, install torch first and
 then `pip install --no-build-isolation -e .`.

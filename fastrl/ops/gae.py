@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastrl.ops.backend import Implementations, choose
+from fastrl.ops.checks import check_shapes
 from fastrl.ops.reverse_scan import check_borders, doubling
 
 IMPLEMENTATIONS = Implementations(op="gae", native="fastrl::gae")
@@ -77,10 +78,8 @@ def gae(
     Source: Schulman 2016, arXiv:1506.02438, eq. 16; verl `core_algos.compute_gae_advantage_return`;
     OpenRLHF `get_advantages_and_returns`.
     """
-    check_borders("gae", cu_seqlens, reward)
-    if not reward.shape == value.shape == trained.shape:
-        shapes = (tuple(reward.shape), tuple(value.shape), tuple(trained.shape))
-        raise ValueError(f"gae needs reward, value and trained of one shape [T], got {shapes}")
+    check_shapes("reward[T] value[T] trained[T]", {"reward": reward, "value": value, "trained": trained})
+    check_borders(cu_seqlens, reward)
     if reward.dtype not in (torch.float32, torch.float64) or value.dtype != reward.dtype:
         raise ValueError(f"gae needs reward and value both float32 or float64, got {reward.dtype} and {value.dtype}")
     if trained.dtype != torch.bool:

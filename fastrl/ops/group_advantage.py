@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrl.ops.backend import Implementations, choose
+from fastrl.ops.checks import check_shapes
 
 IMPLEMENTATIONS = Implementations(op="group_advantage", native="fastrl::group_advantage")
 
@@ -69,9 +70,7 @@ def group_advantage(
     Source: Shao 2024, arXiv:2402.03300, sec. 4.1 (GRPO); Liu 2025, arXiv:2503.20783 (Dr. GRPO);
     Kool 2019 and Ahmadian 2024, arXiv:2402.14740, eq. 9 (leave-one-out); Hu 2025, arXiv:2501.03262 (REINFORCE++).
     """
-    if reward.dim() != 1 or group.shape != reward.shape:
-        shapes = f"{tuple(reward.shape)} and {tuple(group.shape)}"
-        raise ValueError(f"group_advantage needs reward and group of one shape [S], got {shapes}")
+    check_shapes("reward[S] group[S]", {"reward": reward, "group": group})
     if reward.dtype not in (torch.float32, torch.float64) or group.dtype != torch.int64:
         raise ValueError(f"group_advantage needs float32 or float64 and int64, got {reward.dtype} and {group.dtype}")
     if ddof < 0 or not eps >= 0:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrl.ops.backend import Implementations, choose
+from fastrl.ops.checks import check_shapes
 
 IMPLEMENTATIONS = Implementations(op="reverse_scan", native="fastrl::reverse_scan")
 
@@ -45,12 +46,10 @@ def reverse_scan(x: Tensor, decay: Tensor, cu_seqlens: Tensor, *, backend: str |
 
     Source: Blelloch 1990, "Prefix sums and their applications", sec. 1.4 (a scan of affine maps).
     """
-    check_borders("reverse_scan", cu_seqlens, x)
-    if x.dtype not in (torch.float32, torch.float64) or decay.dtype != x.dtype or decay.shape != x.shape:
-        raise ValueError(
-            f"reverse_scan needs x and decay of one shape [T] and type float32 or float64, got "
-            f"{tuple(x.shape)} {x.dtype} and {tuple(decay.shape)} {decay.dtype}"
-        )
+    check_shapes("x[T] decay[T]", {"x": x, "decay": decay})
+    check_borders(cu_seqlens, x)
+    if x.dtype not in (torch.float32, torch.float64) or decay.dtype != x.dtype:
+        raise ValueError(f"x and decay must both be float32 or float64, got {x.dtype} and {decay.dtype}")
     chosen = choose(backend, x, IMPLEMENTATIONS)
     if chosen == "reference":
         return reference(x, decay, cu_seqlens)
@@ -58,20 +57,17 @@ def reverse_scan(x: Tensor, decay: Tensor, cu_seqlens: Tensor, *, backend: str |
     return y
 
 
-def check_borders(op: str, cu_seqlens: Tensor, x: Tensor) -> None:
-    """Raise ValueError unless x is [T] and cu_seqlens cuts it; the numbers themselves are read on CPU only."""
-    if x.dim() != 1:
-        raise ValueError(f"{op} works on packed [T] tensors, got shape {tuple(x.shape)}")
+def check_borders(cu_seqlens: Tensor, tokens: Tensor) -> None:
+    """Raise ValueError unless cu_seqlens cuts tokens [T]; on a GPU its numbers are not read, that would stall it."""
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"{op}: cu_seqlens must be [S + 1] int32 or int64, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
-        )
-    if cu_seqlens.device != x.device:
-        raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, the tokens on {x.device}; move one of them")
+        raise ValueError(f"cu_seqlens must be [S + 1] int32 or int64, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
+    if cu_seqlens.device != tokens.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and the tokens on {tokens.device}: move one with .to()")
     if cu_seqlens.device.type != "cpu":
-        return  # looking at the numbers would stop the device
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != x.numel() or (cu_seqlens.diff() < 0).any():
-        raise ValueError(f"{op}: cu_seqlens must rise from 0 to T={x.numel()}, got {cu_seqlens.tolist()}")
+        return
+    total = tokens.numel()
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != total or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"cu_seqlens must rise from 0 to T={total}, got {cu_seqlens.tolist()}")
 
 
 def reference(x: Tensor, decay: Tensor, cu_seqlens: Tensor) -> Tensor:

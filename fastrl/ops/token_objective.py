@@ -5,7 +5,6 @@ loss = correction * max(-min(r, delta) A, -clip(r, 1 - low, 1 + high) A) + kl_co
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from math import inf
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrl.ops.backend import Implementations, choose
+from fastrl.ops.checks import check_shapes
 
 IMPLEMENTATIONS = Implementations(op="token_objective")
 
@@ -189,11 +189,8 @@ def token_objective(
 
 
 def _check(inputs: _Inputs, weight: Tensor, options: _Options) -> None:
-    named: Iterable[tuple[str, Tensor | None]] = (*inputs._asdict().items(), ("weight", weight))
-    for name, x in named:
-        if x is not None and (x.dim() != 1 or x.shape != inputs.logprob.shape):
-            shapes = f"{tuple(x.shape)}, logprob is {tuple(inputs.logprob.shape)}"
-            raise ValueError(f"token_objective: {name} must be [T] like logprob, got {shapes}")
+    columns = inputs._asdict() | {"weight": weight}
+    check_shapes(" ".join(f"{name}[T]" for name in columns), columns)
     if options.kl_coef != 0 and inputs.ref_logprob is None:
         raise ValueError(f"kl_coef={options.kl_coef} needs ref_logprob, got None")
     if options.entropy_coef != 0 and inputs.entropy is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -97,7 +99,7 @@ def test_both_conventions_agree_with_the_loops_they_come_from(lengths, seed, gam
     trained = random.random(total) < 0.6
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths, dtype=int)])
     expected = [np.zeros(total), np.zeros(total)]
-    for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+    for start, end in pairwise(cu_seqlens):
         part = slice(start, end)
         oracle = verl if skip else openrlhf
         both = oracle(reward[part].astype(float), value[part].astype(float), trained[part], gamma, lam)
@@ -114,7 +116,6 @@ def test_both_conventions_agree_with_the_loops_they_come_from(lengths, seed, gam
         skip_observations=skip,
         backend=backend,
     )
-    # verl reads the reward of an untrained token nowhere either: its `here` is masked out of `last`.
     tolerance = 2e-5 if dtype == torch.float32 else 1e-12
     for whole, tensor in zip(expected, got, strict=True):
         assert tensor.dtype == dtype
@@ -143,7 +144,7 @@ def test_advantages_are_constants_of_the_critic(backend):
 
 def test_input_that_does_not_fit_is_named():
     ones, cut, mask = torch.ones(2), torch.tensor([0, 2]), torch.ones(2, dtype=torch.bool)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="value must be"):
         gae(ones, torch.ones(3), cut, mask)
     with pytest.raises(ValueError, match="bool"):
         gae(ones, ones, cut, ones)

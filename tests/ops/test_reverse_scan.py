@@ -121,9 +121,9 @@ def test_no_tokens_is_a_result_too(backend):
         (torch.ones(3), torch.ones(3), torch.tensor([0, 2]), "rise from 0 to T=3"),
         (torch.ones(3), torch.ones(3), torch.tensor([0, 2, 1, 3]), "rise from 0 to T=3"),
         (torch.ones(3), torch.ones(3), torch.tensor([0.0, 3.0]), "int32 or int64"),
-        (torch.ones(3), torch.ones(2), torch.tensor([0, 3]), "one shape"),
+        (torch.ones(3), torch.ones(2), torch.tensor([0, 3]), "decay must be"),
         (torch.ones(3), torch.ones(3).double(), torch.tensor([0, 3]), "float32 or float64"),
-        (torch.ones(1, 3), torch.ones(1, 3), torch.tensor([0, 3]), "packed"),
+        (torch.ones(1, 3), torch.ones(1, 3), torch.tensor([0, 3]), "x must be"),
     ],
 )
 def test_input_that_does_not_fit_is_named(x, decay, cu_seqlens, message):
