@@ -1,0 +1,89 @@
+"""What a reward is: a function with TRL's signature, its weight in the sum, and its name in the log.
+
+    f(prompts, completions, completion_ids, **columns) -> list of S values
+
+A value is a number; None where the function does not judge the item; or an exception, where judging this one item
+failed. The function may be `async`. Columns are the dataset's, one value per completion. A function that names
+`trainer_state`, `log_extra(column, values)` or `log_metric(name, value)`, or takes `**kwargs`, is given those too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+RewardFunction = Callable[..., Any]
+
+# Keyword arguments that every call offers; a dataset column cannot have one of these names.
+STANDARD_INPUTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """One reward function of a run.
+
+    Attributes:
+        function: see the module's docstring.
+        weight: factor of its values in the sum; finite. 0 logs the reward without training on it.
+        name: its name in metrics and errors; the function's own name when empty.
+    """
+
+    function: RewardFunction
+    weight: float = 1.0
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise ValueError(f"the weight of reward {self.name or self.function!r} must be finite, got {self.weight}")
+        if not self.name:
+            object.__setattr__(self, "name", function_name(self.function))
+
+
+def unwrapped(function: RewardFunction) -> RewardFunction:
+    """The function inside any number of `functools.partial`."""
+    while isinstance(function, partial):
+        function = function.func
+    return function
+
+
+def function_name(function: RewardFunction) -> str:
+    """TRL's name of a reward function: that of the wrapped function, or of the class of a callable object."""
+    inner = unwrapped(function)
+    return str(getattr(inner, "__name__", type(inner).__name__))
+
+
+def is_async(function: RewardFunction) -> bool:
+    """Whether calling it returns a coroutine; looks through partials and at a callable object's `__call__`."""
+    inner = unwrapped(function)
+    # On a function, `__call__` is a method wrapper and never a coroutine function.
+    return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(type(inner).__call__)
+
+
+def parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter] | None:
+    """The parameters by name; None when the function takes `**kwargs` or cannot be inspected: offer it everything."""
+    try:
+        found = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in found.values()):
+        return None
+    return found
+
+
+def missing_inputs(function: RewardFunction, offered: set[str]) -> list[str]:
+    """Parameters without a default that no offered input fills."""
+    try:
+        found = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [
+        parameter.name
+        for parameter in found
+        if parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        and parameter.default is inspect.Parameter.empty
+        and parameter.name not in offered
+    ]

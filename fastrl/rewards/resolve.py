@@ -1,0 +1,190 @@
+"""From the names in a configuration to rewards, and the checks of a dataset that must pass before training.
+
+A spec is one of
+    numeric                        a built-in reward
+    length(limit=200, start=100)   a built-in reward, or any class or factory, with literal options
+    package.module:function        a function that can be imported
+    rewards/mine.py:function       a function in a file
+    verl:SPEC                      verl's compute_score behind one of the two above
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastrl.rewards.exact_match import exact_match, gold_text
+from fastrl.rewards.format import think_format
+from fastrl.rewards.length import Length
+from fastrl.rewards.numeric import gold_number, numeric
+from fastrl.rewards.protocol import STANDARD_INPUTS, Reward, RewardFunction, function_name, missing_inputs, unwrapped
+from fastrl.rewards.reasoning_gym import reasoning_gym
+from fastrl.rewards.verl import verl_reward
+
+BUILT_IN: Mapping[str, RewardFunction] = {
+    "numeric": numeric,
+    "exact_match": exact_match,
+    "format": think_format,
+    "length": Length,
+    "reasoning_gym": reasoning_gym,
+}
+
+# Rewards that cannot judge every gold answer, and what raises on one they cannot.
+_GOLD_CHECKS: tuple[tuple[RewardFunction, Callable[[object], object]], ...] = (
+    (numeric, gold_number),
+    (exact_match, gold_text),
+)
+
+
+def resolve_rewards(specs: Sequence[str], weights: Sequence[float] | None = None) -> list[Reward]:
+    """The rewards of a run.
+
+    Args:
+        specs: see the module's docstring.
+        weights: one per spec; None weighs all by 1.
+
+    Raises:
+        ValueError: no spec, an unknown one, or as many weights as specs are not given.
+    """
+    if not specs:
+        raise ValueError(
+            f"reward_funcs is empty; name at least one of {', '.join(BUILT_IN)}, or package.module:function"
+        )
+    if weights is not None and len(weights) != len(specs):
+        raise ValueError(f"reward_weights must have one number per reward: {len(specs)}, got {len(weights)}")
+    rewards: list[Reward] = []
+    for spec, weight in zip(specs, weights or [1.0] * len(specs), strict=True):
+        function, short = resolve_reward(spec), spec.partition("(")[0]
+        name = short if short in BUILT_IN else function_name(function)
+        taken = any(reward.name == name for reward in rewards)
+        rewards.append(Reward(function, weight, spec if taken else name))
+    return rewards
+
+
+def resolve_reward(spec: str) -> RewardFunction:
+    """The reward function a spec names; see the module's docstring.
+
+    Raises:
+        ValueError: the name, the module, the file or the attribute does not exist, or it is not callable.
+    """
+    if spec.startswith("verl:"):
+        return verl_reward(resolve_reward(spec.removeprefix("verl:")))
+    target, options = _parsed(spec)
+    found = BUILT_IN.get(target)
+    if found is None:
+        found = _imported(target)
+    if not callable(found):
+        raise ValueError(f"reward {spec!r} is not a function but {type(found).__name__}")
+    if options is None and not isinstance(found, type):
+        return found
+    try:
+        made = found(**(options or {}))
+    except TypeError as error:
+        raise ValueError(f"reward {spec!r} cannot be made: {error}") from error
+    if not callable(made):
+        raise ValueError(f"reward {spec!r} made {type(made).__name__}, which is not a function")
+    return made  # type: ignore[no-any-return]
+
+
+def check_rewards(rewards: Sequence[Reward], columns: Mapping[str, Sequence[object]]) -> None:
+    """Refuse, before training, data that a reward will not be able to judge.
+
+    Args:
+        rewards: those of the run.
+        columns: the whole dataset, name -> values.
+
+    Raises:
+        ValueError: a column a reward needs is missing, or a gold answer cannot be judged. Names the first bad row,
+            counted from 0, and how many there are.
+    """
+    for reward in rewards:
+        missing = missing_inputs(reward.function, {*columns, *STANDARD_INPUTS})
+        if missing:
+            raise ValueError(
+                f"reward {reward.name!r} needs the column {missing[0]!r}; the data has: {', '.join(columns)}. "
+                f"Rename one with data.columns: {{{missing[0]}: <its name in the file>}}"
+            )
+        for function, check in _GOLD_CHECKS:
+            if unwrapped(reward.function) is function:
+                _check_gold(reward.name, check, columns["answer"])
+
+
+def _check_gold(name: str, check: Callable[[object], object], golds: Sequence[object]) -> None:
+    bad: list[tuple[int, str]] = []
+    for row, gold in enumerate(golds):
+        try:
+            check(gold)
+        except ValueError as error:
+            bad.append((row, str(error)))
+    if bad:
+        row, reason = bad[0]
+        raise ValueError(
+            f"reward {name!r} cannot judge {len(bad)} of {len(golds)} rows; the first is row {row}: {reason}. "
+            "Remove these rows, or use another reward"
+        )
+
+
+def _parsed(spec: str) -> tuple[str, dict[str, Any] | None]:
+    """A spec's target, and its options when it has parentheses."""
+    target, parenthesis, rest = spec.partition("(")
+    if not parenthesis:
+        return spec, None
+    try:
+        call = ast.parse(f"f({rest}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(option.arg is None for option in call.keywords):
+            raise ValueError
+        return target, {str(option.arg): ast.literal_eval(option.value) for option in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"reward {spec!r}: write options as name=value with literal values, as length(limit=200)"
+        ) from error
+
+
+def _imported(target: str) -> Any:
+    place, colon, attribute = target.rpartition(":")
+    if not colon:
+        near = difflib.get_close_matches(target, BUILT_IN, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"unknown reward {target!r}. {hint}Built in: {', '.join(BUILT_IN)}; others are package.module:function "
+            "or path/to/file.py:function"
+        )
+    module = _module_from_file(Path(place)) if place.endswith(".py") else _module(place)
+    names = [name for name in vars(module) if not name.startswith("_")]
+    if attribute not in names:
+        near = difflib.get_close_matches(attribute, names, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"reward {target!r}: {place} has no {attribute!r}{hint}")
+    return getattr(module, attribute)
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the reward module {name!r} cannot be imported: {error}") from error
+
+
+def _module_from_file(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"the reward file {path} does not exist")
+    # One module per file, findable by name: what it defines can then be pickled.
+    name = f"fastrl_reward_{path.resolve().as_posix().replace('/', '_').replace('.', '_')}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
