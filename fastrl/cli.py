@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from opcode import opmap
 from typing import Any
 
 from fastrl import __version__
@@ -215,11 +216,14 @@ def _located(problem: str, sources: Mapping[str, Setting]) -> str:
 
 
 def _is_our_sentence(error: BaseException) -> bool:
-    """Whether a `raise` in fastrl made the error: its sentence is for users, anything else needs its traceback."""
+    """Whether a `raise` statement in fastrl made the error: a sentence for users, without traceback."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("fastrl.")
+    if trace is None or not str(trace.tb_frame.f_globals.get("__name__")).startswith("fastrl."):
+        return False
+    # An error out of torch's C++ ends in our frame too, but on a call.
+    return trace.tb_frame.f_code.co_code[trace.tb_lasti] == opmap["RAISE_VARARGS"]
 
 
 def _asks_help(arguments: Sequence[str]) -> bool:

@@ -108,7 +108,7 @@ def _template(key: str, template: str) -> Problems:
     try:
         names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
     except ValueError as error:
-        yield f"{key}: is no format string: {error}; write {{column}}, and {{{{ for a brace"
+        yield f"{key}: is not a format string: {error}; write {{column}}, and {{{{ for a brace"
         return
     if not all(name[:1].isidentifier() for name in names):
         yield f"{key}: every pair of braces must name a column, as {{question}}; write {{{{ for a brace"

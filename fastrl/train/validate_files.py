@@ -14,7 +14,7 @@ def model_problem(path: str) -> Iterator[str]:
     if not folder.is_dir():
         name = f"models/{folder.name}"
         download = f"; to download it: hf download {path} --local-dir {name}" if path.count("/") == 1 else ""
-        yield f"model_name_or_path: {path} is no directory{_tilde(path)}{download}"
+        yield f"model_name_or_path: {path} is not a directory{_tilde(path)}{download}"
     elif not (folder / "config.json").is_file():
         yield f"model_name_or_path: {path} has no config.json; expected a model in the Hugging Face layout"
     elif next(folder.glob("*.safetensors"), None) is None:
@@ -35,7 +35,7 @@ def file_problem(key: str, path: str | None, *, is_directory: bool = False) -> I
     if not Path(path).exists():
         yield f"{key}: {path} does not exist{_tilde(path)}; paths start at the current directory"
     elif Path(path).is_dir() != is_directory:
-        yield f"{key}: {path} is {'no' if is_directory else 'a'} directory"
+        yield f"{key}: {path} is {'not a' if is_directory else 'a'} directory"
 
 
 def writable_problem(key: str, path: str | None) -> Iterator[str]:
