@@ -16,14 +16,14 @@ ROOT = Path(__file__).resolve().parent
 
 try:
     import torch
-    from torch.utils.cpp_extension import include_paths
 except ImportError:
     torch = None
 
 
 def notice(reason: str) -> None:
-    """One line; pip shows it with -v or when something fails."""
-    print(f"fastrl: installing without the native CPU ops ({reason}); everything works on torch", file=sys.stderr)
+    """One line, which pip shows with -v; not while it only asks for metadata."""
+    if not {"egg_info", "dist_info"} & set(sys.argv):
+        print(f"fastrl: installing without the native CPU ops ({reason}); everything works on torch", file=sys.stderr)
 
 
 class BuildOrGoWithout(build_ext):
@@ -33,7 +33,7 @@ class BuildOrGoWithout(build_ext):
         try:
             super().run()
         except Exception as error:
-            notice(f"the C++ build failed: {str(error).splitlines()[0]}")
+            notice(f"the C++ build failed with {type(error).__name__}: {str(error)[-80:]}")
             self.extensions = []
 
 
@@ -44,17 +44,18 @@ def extensions() -> list[Extension]:
     if sys.platform == "win32":
         notice("not built on Windows")
         return []
+    torch_root = Path(torch.__file__).parent
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
     return [
         Extension(
             "fastrl._C",
             sources,
             depends=["csrc/fastrl.h"],
-            include_dirs=include_paths(),
+            include_dirs=[str(torch_root / "include")],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
-            extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden"],
-            library_dirs=[str(Path(torch.__file__).parent / "lib")],
-            libraries=["torch", "torch_cpu", "c10"],
+            extra_compile_args=["-O3", "-g0", "-std=c++20", "-fvisibility=hidden"],
+            library_dirs=[str(torch_root / "lib")],
+            libraries=["torch_cpu"],
             py_limited_api=True,
             language="c++",
         )
@@ -63,7 +64,11 @@ def extensions() -> list[Extension]:
 
 if not (ROOT / "fastrl" / "kernels").is_dir():
     raise SystemExit(
-        "fastrl/kernels must be a symbolic link to ../kernels, but it was checked out as a file: "
+        "fastrl/kernels must be a symbolic link to the folder ../kernels; where git checked it out as a file, "
         "run `git config core.symlinks true && git checkout -- fastrl/kernels` (on Windows with developer mode on)"
     )
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildOrGoWithout})
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildOrGoWithout},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},  # one wheel for every Python from 3.11 on
+)
