@@ -62,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     sys.path.append(os.getcwd())  # reward modules beside the run are found, and shadow nothing
     try:
-        return _dispatch(sys.argv[1:] if arguments is None else arguments)
+        code = _dispatch(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()  # a closed pipe shows here, where it is handled
+        return code
     except Refused as error:
         print(error, file=sys.stderr)
         return 2
