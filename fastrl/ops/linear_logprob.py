@@ -93,12 +93,20 @@ def linear_logprob(
     check_target(target, valid_vocab or weight.shape[0])
     check_map(temperature, softcap, logit_scale)
     check_chunk_rows(chunk_rows)
-    chosen = choose(backend, hidden, _IMPLEMENTATIONS)
+    if choose(backend, hidden, _IMPLEMENTATIONS) == "reference":
+        return reference(
+            hidden,
+            weight,
+            target,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            valid_vocab=valid_vocab,
+        )
     if valid_vocab is not None:
         weight, bias = weight[:valid_vocab], None if bias is None else bias[:valid_vocab]
     logit_map = LogitMap(logit_scale, softcap, temperature)
-    if chosen == "reference":
-        return reference_stats(reference_logits(hidden, weight, bias, logit_map), target)
     size = chunk_rows or default_chunk_rows(hidden.shape[0], weight.shape[0], hidden.device)
     cache_bytes = int((CACHE_GIB if cache_gib is None else cache_gib) * 2**30)
     if not torch.is_grad_enabled():

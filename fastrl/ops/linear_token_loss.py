@@ -78,7 +78,7 @@ def linear_token_loss(
         row_weight: [N] a constant; rows of weight 0 never reach the head. None weighs every row 1.
         skip_tolerance: leave the rows with the smallest gradients out of the gradient products while the sum of
             their bounds stays within this share of their chunk's. A row's bound of sum_v |d loss / d logit_v| is
-            (2 |d logprob| (1 - p) + 2 |d entropy| entropy) |logit_scale| / temperature. 0 leaves out exact zeros only.
+            (2 |d logprob| (1 - p) + 2 |d entropy| entropy) |logit_scale| / temperature. 0 leaves out zeros only.
         chunk_rows: rows worked on at a time; None fits a memory budget. Changes rounding only.
         backend: "reference" (N x V numbers, plain autograd) or "torch" (chunks); None: the machine's best.
 
@@ -114,18 +114,28 @@ def linear_token_loss(
     check_chunk_rows(chunk_rows)
     if not 0 <= skip_tolerance < 1:
         raise ValueError(f"skip_tolerance must be in [0, 1), got {skip_tolerance}")
-    chosen = choose(backend, hidden, _IMPLEMENTATIONS)
+    if choose(backend, hidden, _IMPLEMENTATIONS) == "reference":
+        return reference(
+            hidden,
+            weight,
+            target,
+            loss_fn,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            valid_vocab=valid_vocab,
+            row_weight=row_weight,
+        )
     if valid_vocab is not None:
         weight, bias = weight[:valid_vocab], None if bias is None else bias[:valid_vocab]
-    logit_map = LogitMap(logit_scale, softcap, temperature)
-    if chosen == "reference":
-        return _reference(hidden, weight, bias, target, loss_fn, logit_map, row_weight)
     plan = Plan(
         chunk_loss=lambda stats, rows: loss_fn(stats.logprob, stats.entropy, rows),
         row_weight=None if row_weight is None else row_weight.to(accumulation_dtype(hidden)),
         skip_tolerance=skip_tolerance,
         chunk_rows=chunk_rows or default_chunk_rows(hidden.shape[0], weight.shape[0], hidden.device),
     )
+    logit_map = LogitMap(logit_scale, softcap, temperature)
     return differentiated_pass(hidden, weight, bias, target, logit_map, plan)
 
 
@@ -145,24 +155,12 @@ def reference(
     """What `linear_token_loss` means: plain autograd through N x V logits, without checks; nothing is skipped."""
     weight, bias = weight[:valid_vocab], None if bias is None else bias[:valid_vocab]
     logit_map = LogitMap(logit_scale, softcap, temperature)
-    return _reference(hidden, weight, bias, target, loss_fn, logit_map, row_weight)
-
-
-def _reference(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    loss_fn: LossFunction,
-    logit_map: LogitMap,
-    row_weight: Tensor | None,
-) -> TokenLoss:
     trained = torch.ones_like(target, dtype=torch.bool) if row_weight is None else row_weight != 0
     rows = trained.nonzero()[:, 0]
     z = reference_logits(hidden[rows], weight, bias, logit_map.rows(rows))
     stats = reference_stats(z, target[rows])
     per_row = loss_fn(stats.logprob, stats.entropy, rows)
-    loss = (per_row if row_weight is None else per_row * row_weight[rows]).sum()
+    loss = (per_row if row_weight is None else per_row * row_weight[rows].to(per_row.dtype)).sum()
     full = (torch.zeros_like(target, dtype=x.dtype).index_copy(0, rows, x.detach()) for x in stats)
     return TokenLoss(loss, TokenStats(*full), torch.zeros_like(loss))
 
