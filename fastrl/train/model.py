@@ -67,7 +67,7 @@ def load_model(
         if not parameter.isfinite().all():
             raise ValueError(f"weight {name} of {directory} is not finite; the file is damaged or the run diverged")
     model.to(device).eval()
-    _turn_off_dropout(model)
+    turn_off_dropout(model)
     use_packed_attention(model, attn_implementation)
     if gradient_checkpointing:
         checkpoint_activations(model)
@@ -270,9 +270,11 @@ def _check_vocabulary(directory: Path, *, trust_remote_code: bool) -> None:
         )
 
 
-def _turn_off_dropout(model: nn.Module) -> None:
+def turn_off_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of `model` to 0: modules of torch, and the numbers transformers keeps beside them."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name in ("attention_dropout", "dropout", "dropout_p", "dropout_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fastrl.train.attention import use_packed_attention
-from fastrl.train.model import checkpoint_activations, hidden_states, model_head
+from fastrl.train.model import checkpoint_activations, hidden_states, model_head, turn_off_dropout
 from fastrl.train.packed_sdpa import bucketed, packed_sdpa
 from fastrl.train.tiny import make_tiny_qwen3
 from fastrl.types import TokenBatch
@@ -66,6 +66,7 @@ def test_activation_checkpointing_gives_the_same_gradients(name: str) -> None:
     use_packed_attention(model)
     plain = torch.autograd.grad(logits_of(model, batch).square().sum(), list(model.parameters()))
     checkpoint_activations(model)
+    turn_off_dropout(model)
     calls = 0
 
     def count(*_: object) -> None:
@@ -73,8 +74,8 @@ def test_activation_checkpointing_gives_the_same_gradients(name: str) -> None:
         calls += 1
 
     layers = model.model.layers if name != "gpt2" else model.transformer.h
-    layers[0].register_forward_hook(count)
-    layers[0].mlp.register_forward_hook(count)
+    layers[0].register_forward_pre_hook(count)
+    layers[0].mlp.register_forward_pre_hook(count)
     checkpointed = torch.autograd.grad(logits_of(model, batch).square().sum(), list(model.parameters()))
     assert calls == 3  # the layer once, its feed-forward part again in the backward pass
     assert not model.training
