@@ -117,7 +117,7 @@ def sapo(
 
     Source: Gao 2025, arXiv:2511.20347, sec. 3; the constants are TRL's and verl's form.
     """
-    tau = torch.where(advantage > 0, temperature_positive, temperature_negative).to(log_ratio.dtype)
+    tau = torch.full_like(log_ratio, temperature_negative).masked_fill(advantage > 0, temperature_positive)
     return -(4 / tau) * torch.sigmoid(tau * (log_ratio.exp() - 1)) * advantage
 
 
@@ -150,7 +150,7 @@ def vespo(
     Source: Shen 2026, arXiv:2602.10693, sec. 3.4; constants of the authors' code and TRL.
     """
     log_weight = log_ratio.detach().clamp(math.log(1e-8), 20.0)
-    power = torch.where(advantage >= 0, power_positive, power_negative).to(log_ratio.dtype)
-    decay = torch.where(advantage >= 0, decay_positive, decay_negative).to(log_ratio.dtype)
+    power = torch.full_like(log_weight, power_negative).masked_fill(advantage >= 0, power_positive)
+    decay = torch.full_like(log_weight, decay_negative).masked_fill(advantage >= 0, decay_positive)
     phi = (decay + power * log_weight - decay * log_weight.exp()).exp()
     return -phi * advantage * log_ratio
