@@ -108,14 +108,14 @@ class TrainConfig:
         lr_scheduler_type: shape of the learning rate after warm-up.
         warmup_steps: steps in which the learning rate grows linearly from 0.
         warmup_ratio: share of the steps spent warming up, when warmup_steps is 0.
-        weight_decay: AdamW's, decoupled from the gradient.
+        weight_decay: AdamW's, of matrices; norms and biases do not decay.
         adam_beta1, adam_beta2: decay of AdamW's running mean of the gradient and of its square.
         adam_epsilon: added to the root of the running mean of squares.
         max_grad_norm: gradients with a larger global norm are scaled down to it; 0 never scales.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         dtype: compute precision; master weights and optimizer state are float32.
         device: where to train; auto takes a GPU when there is one.
-        attn_implementation: attention over packed sequences; auto takes the fastest that is installed.
+        attn_implementation: attention over packed sequences; auto is torch's varlen kernel on CUDA, else sdpa.
         trust_remote_code: run Python code that comes with the model.
         logging_steps: steps between log lines.
         save_steps: steps between checkpoints.
@@ -255,6 +255,8 @@ class GRPOConfig(TrainConfig):
         entropy_coef: weight of the entropy bonus.
         top_entropy_quantile: share of trained tokens, those of highest entropy, that keep a policy gradient.
         mask_truncated_completions: truncated completions leave the loss (DAPO's overlong filtering).
+        keep_masked_denominator: completions so masked still count in the denominator of the average (TRL), instead
+            of leaving it (verl).
         target_kl: stop the remaining updates of a batch when the mean KL to the sampling policy exceeds it.
         adaptive_kl_target: steer beta towards this KL to the reference; None keeps beta fixed.
         sampler_correction: correction for a sampler that differs from the trainer.
@@ -263,7 +265,7 @@ class GRPOConfig(TrainConfig):
         rollout: how completions are sampled.
     """
 
-    algorithm: Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo", "cispo", "sapo", "ppo"] = "grpo"
+    algorithm: Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo", "cispo", "sapo"] = "grpo"
     parity: Literal["trl", "verl", "openrlhf", "open_instruct"] | None = None
     learning_rate: float = 1e-6
     reward_funcs: tuple[str, ...] = ()
@@ -290,6 +292,7 @@ class GRPOConfig(TrainConfig):
     entropy_coef: float = 0.0
     top_entropy_quantile: float = 1.0
     mask_truncated_completions: bool = False
+    keep_masked_denominator: bool = False
     target_kl: float | None = None
     adaptive_kl_target: float | None = None
     sampler_correction: SamplerCorrectionBlock = SamplerCorrectionBlock()

@@ -28,10 +28,10 @@ from fastrl.train.validate_rewards import reward_problem
 
 Problems = Iterator[str]
 
-# Presets whose advantage compares the completions of one prompt.
-GROUPED = ("grpo", "dr_grpo", "dapo", "rloo", "gspo", "cispo", "sapo")
-# Systems whose constants include a KL term.
-PARITY_WITH_KL = ("openrlhf", "open_instruct")
+# What the presets are, for rules that must hold before torch and `fastrl.algorithms` are imported; a test compares.
+COMPARES_GROUPS = ("grpo", "dr_grpo", "dapo", "rloo", "gspo", "cispo", "sapo")
+CLIPS_RATIOS = ("grpo", "dr_grpo", "dapo", "reinforce_pp", "gspo")
+HAS_KL = ("reinforce_pp", "openrlhf", "open_instruct")
 
 
 def problems(config: Any) -> list[str]:
@@ -133,6 +133,7 @@ def _grpo(config: GRPOConfig) -> Problems:
         )
     yield from _groups(config)
     yield from _policy(config)
+    yield from _clip(config)
     yield from _kl(config)
     yield from _lengths(config)
     yield from _correction(config.sampler_correction)
@@ -147,7 +148,7 @@ def _rewards(specs: tuple[str, ...]) -> Problems:
 
 def _groups(config: GRPOConfig) -> Problems:
     size = config.num_generations
-    if size < 2 and config.algorithm in GROUPED:
+    if size < 2 and config.algorithm in COMPARES_GROUPS:
         yield f"num_generations: {config.algorithm} compares completions of one prompt; set at least 2"
     steps = config.gradient_accumulation_steps * config.steps_per_generation
     per_device = config.per_device_train_batch_size
@@ -169,9 +170,8 @@ def _policy(config: GRPOConfig) -> Problems:
         yield "stop: an empty text would end every completion at once; remove it"
     if config.parity and config.algorithm != "grpo":
         yield f"parity: {config.parity} brings its own algorithm, and algorithm is {config.algorithm}; remove one"
-    upper = config.epsilon if config.epsilon_high is None else config.epsilon_high
-    if config.delta is not None and upper is not None and config.delta <= 1 + upper:
-        yield f"delta: {config.delta} caps the ratio below the clip range's upper end {1 + upper}; set it above"
+    if config.algorithm == "ppo":
+        yield "algorithm: ppo needs a value model, which this recipe does not train; choose grpo or reinforce_pp"
     if config.target_kl is not None and config.steps_per_generation * config.num_iterations == 1:
         yield (
             "target_kl: can stop nothing, each batch has one update: set num_iterations or steps_per_generation "
@@ -179,14 +179,27 @@ def _policy(config: GRPOConfig) -> Problems:
         )
 
 
+def _clip(config: GRPOConfig) -> Problems:
+    given = {"epsilon": config.epsilon, "epsilon_high": config.epsilon_high, "delta": config.delta}
+    if config.parity is None and config.algorithm not in CLIPS_RATIOS:
+        for key, value in given.items():
+            if value is not None and (config.algorithm, key) != ("cispo", "epsilon_high"):
+                takes = "takes epsilon_high alone" if config.algorithm == "cispo" else "clips no ratio"
+                yield f"{key}: has no place in {config.algorithm}, which {takes}; remove it"
+    upper = config.epsilon if config.epsilon_high is None else config.epsilon_high
+    if config.delta is not None and upper is not None and config.delta <= 1 + upper:
+        yield f"delta: {config.delta} caps the ratio below the clip range's upper end {1 + upper}; set it above"
+
+
 def _kl(config: GRPOConfig) -> Problems:
-    preset_has_kl = config.beta is None and config.parity in PARITY_WITH_KL
-    if config.adaptive_kl_target is not None and not config.beta and not preset_has_kl:
+    has_kl = config.beta > 0 if config.beta is not None else (config.parity or config.algorithm) in HAS_KL
+    if has_kl:
+        return
+    if config.adaptive_kl_target is not None:
         yield "adaptive_kl_target: steers beta, which must start above 0; set beta, such as 0.04"
-    if config.beta == 0:
-        for key, value in (("kl_estimator", config.kl_estimator), ("kl_placement", config.kl_placement)):
-            if value is not None:
-                yield f"{key}: has no effect while beta is 0; set beta above 0, or remove it"
+    for key, value in (("kl_estimator", config.kl_estimator), ("kl_placement", config.kl_placement)):
+        if value is not None:
+            yield f"{key}: has no effect while beta is 0; set beta above 0, or remove it"
 
 
 def _lengths(config: GRPOConfig) -> Problems:

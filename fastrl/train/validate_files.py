@@ -23,8 +23,12 @@ def model_problem(path: str) -> Iterator[str]:
 
 def dataset_problem(key: str, path: str | None) -> Iterator[str]:
     """A data file exists, and its format can be read here."""
+    if path is None:
+        return
     yield from file_problem(key, path)
-    if path is not None and path.endswith(".parquet") and find_spec("pyarrow") is None:
+    if not path.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        yield f"{key}: {path} is of an unknown type; expected a .jsonl, .jsonl.gz or .parquet file"
+    if path.endswith(".parquet") and find_spec("pyarrow") is None:
         yield f"{key}: parquet needs the package pyarrow, which is not installed; pip install pyarrow"
 
 

@@ -22,8 +22,9 @@ def reward_problem(spec: str) -> Iterator[str]:
     try:
         resolve_reward(spec)  # a built-in, so nothing of the user's is imported
     except ValueError as error:
-        listed = f"; write a list: reward_funcs: [{target}], or --reward_funcs {target.replace(',', ' ')}"
-        yield f"reward_funcs: {error}" + (listed if "," in target else "")
+        names = [name.strip() for name in target.split(",")]
+        listed = f"; write a list: reward_funcs: [{', '.join(names)}], or --reward_funcs {' '.join(names)}"
+        yield f"reward_funcs: {error}" + (listed if len(names) > 1 else "")
 
 
 def _imported(spec: str, place: str, name: str) -> Iterator[str]:
@@ -32,7 +33,7 @@ def _imported(spec: str, place: str, name: str) -> Iterator[str]:
     else:
         module = _find(place)
         if module is None:
-            yield f"reward_funcs: {spec}: there is no module {place}; is its folder on PYTHONPATH?"
+            yield f"reward_funcs: {spec}: there is no module {place!r}; is its folder on PYTHONPATH?"
             return
         source = module.origin
     if source is None or not source.endswith(".py"):
@@ -79,4 +80,4 @@ def _top_level_names(tree: ast.Module) -> set[str]:
             names.add(node.id)
         else:
             waiting += ast.iter_child_nodes(node)
-    return names
+    return {name for name in names if not name.startswith("_")}  # the resolver offers no private names
