@@ -59,6 +59,14 @@ def test_a_second_bos_inside_the_text_is_refused(tiny_tokenizer):
         render_prompt(tiny_tokenizer(bos=True), "What <s> is", place="train:3")
 
 
+def test_a_token_that_is_both_bos_and_eos_may_end_every_turn(tiny_tokenizer):
+    tokenizer = tiny_tokenizer(bos=True)
+    tokenizer.eos_token = "<s>"
+    ids, mask = encode_prompt_completion(tokenizer, "What", " is<s>")
+    assert tokenizer.decode(ids) == "<s>What is<s>"
+    assert trained_text(tokenizer, ids, mask) == " is<s>"
+
+
 def test_messages_without_a_chat_template_are_refused(tiny_tokenizer):
     with pytest.raises(ValueError, match="give a Jinja file as chat_template"):
         render_prompt(tiny_tokenizer(None), [USER])
