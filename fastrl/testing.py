@@ -117,7 +117,7 @@ def _tensors(result: ValueAndGrads, kind: str) -> tuple[Tensor, ...]:
 def error(got: Tensor, truth: Tensor) -> float:
     """max |got - truth| in float64; infinite where only `got` is NaN, 0 for equal infinities and empty tensors."""
     a, b = got.detach().double(), truth.detach().double()
-    gap = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs()).nan_to_num(nan=torch.inf)
+    gap = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
     return gap.max().item() if gap.numel() else 0.0
 
 

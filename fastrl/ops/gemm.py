@@ -34,4 +34,4 @@ def addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == torch.bfloat16:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
         return
-    total.addmm_(a, b)
+    torch.addmm(total, a, b, out=total)

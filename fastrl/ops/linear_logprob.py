@@ -93,6 +93,8 @@ def linear_logprob(
     check_target(target, valid_vocab or weight.shape[0])
     check_map(temperature, softcap, logit_scale)
     check_chunk_rows(chunk_rows)
+    if cache_gib is not None and cache_gib < 0:
+        raise ValueError(f"cache_gib must not be negative, got {cache_gib}")
     if choose(backend, hidden, _IMPLEMENTATIONS) == "reference":
         return reference(
             hidden,
