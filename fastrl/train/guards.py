@@ -57,8 +57,8 @@ def check_probability_error(value: float, *, step: int, stop_at: float = 1.2) ->
     """
     if not value <= stop_at:
         raise SamplerMismatchError(
-            f"step {step}: sampler and trainer differ by a factor {value:.3f} on a token's probability (limit {stop_at}); "
-            "compare their dtype, temperature, chat template and weight version"
+            f"step {step}: sampler and trainer differ by a factor {value:.3f} on a token's probability, "
+            f"above {stop_at}; compare their dtype, temperature, chat template and weight version"
         )
 
 

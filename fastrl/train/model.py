@@ -271,7 +271,7 @@ def _check_vocabulary(directory: Path, *, trust_remote_code: bool) -> None:
 
 
 def turn_off_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of `model` to 0: modules of torch, and the numbers transformers keeps beside them."""
+    """Set every dropout probability of `model` to 0: torch's modules, and the numbers of transformers."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -32,7 +32,7 @@ class MasterAdamW:
     Cost: 8 bytes per float32 parameter beside its gradient; 16 beside a bfloat16 one (master, gradient, m, v).
     Measured on one core, fused: 0.9 ms a step for 0.9 M parameters, 40 ms for 31 M (foreach: 2.9 and 165 ms).
 
-    Source: Loshchilov and Hutter, arXiv:1711.05101, alg. 2; masters from Micikevicius et al., arXiv:1710.03740, sec. 3.1.
+    Source: Loshchilov and Hutter, arXiv:1711.05101, alg. 2; masters: Micikevicius et al., arXiv:1710.03740, sec. 3.1.
     """
 
     def __init__(
@@ -101,9 +101,10 @@ class MasterAdamW:
             self._working[name].grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs: `master.NAME`, and `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME` after a step.
+        """Everything a resumed run needs, weights included.
 
-        The tensors alias the live state: write them before the next step.
+        Keys are `master.NAME` and, once stepped, `exp_avg.NAME`, `exp_avg_sq.NAME` and `step.NAME`. The tensors
+        alias the live state: write them before the next step.
         """
         state = {f"master.{name}": master.detach() for name, master in self._master.items()}
         for name, master in self._master.items():

@@ -1,0 +1,170 @@
+"""One run, one directory: a lock while it is open, the configuration it was started with, no accidental reuse.
+
+output_dir/run.json     the configuration
+output_dir/owner.json   who holds the lock; the lock itself is the kernel's and ends with the process
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fastrl.train.durable import write_text
+from fastrl.train.interrupt import Interrupt
+
+CONFIG_FILE = "run.json"  # not config.json, which is the model's name for its own
+OWNER_FILE = "owner.json"
+
+# Fields, and blocks of fields, that change what a run costs or shows but not what it computes.
+NOT_SEMANTIC = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "report",
+    "packing",
+    "kernels",
+    "rollout.batch_size",
+    "gradient_checkpointing",
+    "attn_implementation",
+    "trust_remote_code",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "eval_dataset",
+    "eval_steps",
+    "on_nonfinite",
+)
+
+
+class RunDirectoryError(ValueError):
+    """The directory is another run's, or this run may not go on in it."""
+
+
+class RunDirectory:
+    """Owner of a run's directory: holds its lock and listens for signals until `close` or the end of its `with`.
+
+    Attributes:
+        path: the directory.
+    """
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self._lock: int | None = lock
+        self._interrupt = Interrupt()
+        self._interrupt.__enter__()
+
+    def interrupted(self) -> bool:
+        """Whether SIGTERM or Ctrl-C has asked the run to save and exit with `EXIT_INTERRUPTED`."""
+        return self._interrupt.requested()
+
+    def close(self) -> None:
+        """Give the lock back and restore the signal handlers; a second call does nothing."""
+        if self._lock is not None:
+            self._interrupt.__exit__(None, None, None)
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_run_directory(output_dir: str | Path, config: Mapping[str, Any], *, resume: str | None) -> RunDirectory:
+    """Take `output_dir` for this process and record what runs there.
+
+    Args:
+        config: the run's configuration as nested JSON values (`dataclasses.asdict`).
+        resume: None for a new run; "auto" or a checkpoint to go on with one.
+
+    Raises:
+        RunDirectoryError: another process runs there; it is used and `resume` is None; or the run to resume
+            differs in a field that changes the result (the differences are listed).
+    """
+    path = Path(output_dir)
+    if path.exists() and not path.is_dir():
+        raise RunDirectoryError(f"output_dir {path} is a file; choose another --output_dir")
+    path.mkdir(parents=True, exist_ok=True)
+    lock = _locked(path)
+    try:
+        # Everything but the two files of an opened, never started run counts as use.
+        used = sorted(entry.name for entry in path.iterdir() if entry.name not in (OWNER_FILE, CONFIG_FILE))
+        if used and resume is None:
+            raise RunDirectoryError(
+                f"output_dir {path} has been used ({', '.join(used[:3])}{', ...' if len(used) > 3 else ''}); "
+                "pass --resume auto or another --output_dir"
+            )
+        stored = path / CONFIG_FILE
+        if used and stored.is_file():
+            _check_same_run(stored, config)
+        write_text(stored, json.dumps(config, indent=1, sort_keys=True) + "\n")
+        return RunDirectory(path, lock)
+    except BaseException:
+        os.close(lock)
+        raise
+
+
+def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`field: old -> new` for every field that changes the result, in alphabetical order; absent ones say so."""
+    # What is stored went through JSON: a tuple is a list there.
+    before, after = _flat(json.loads(json.dumps(old))), _flat(json.loads(json.dumps(new)))
+    names = sorted(name for name in before.keys() | after.keys() if not _is_free(name))
+    shown = [
+        (n, json.dumps(before[n]) if n in before else "absent", json.dumps(after[n]) if n in after else "absent")
+        for n in names
+    ]
+    return [f"{name}: {was} -> {now}" for name, was, now in shown if was != now]
+
+
+def _check_same_run(stored: Path, config: Mapping[str, Any]) -> None:
+    try:
+        old = json.loads(stored.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunDirectoryError(
+            f"{stored} is not JSON ({error}); resume from a copy or use another --output_dir"
+        ) from error
+    if differences := config_differences(old, config):
+        raise RunDirectoryError(
+            f"the run in {stored.parent} was started with another configuration; take these back, "
+            f"or use another --output_dir: {'; '.join(differences)}"
+        )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            fields |= _flat(value, f"{prefix}{name}.")
+        else:
+            fields[f"{prefix}{name}"] = value
+    return fields
+
+
+def _is_free(name: str) -> bool:
+    return any(name == free or name.startswith(f"{free}.") for free in NOT_SEMANTIC)
+
+
+def _locked(path: Path) -> int:
+    """Descriptor of the owner file with an exclusive lock on it, and this process written into it."""
+    lock = os.open(path / OWNER_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(lock, 4096).decode(errors="replace").strip()
+        os.close(lock)
+        raise RunDirectoryError(
+            f"another run is using {path} ({owner or 'it is just starting'}); wait for it or use another --output_dir"
+        ) from None
+    owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, owner.encode(), 0)
+    return lock
