@@ -19,6 +19,7 @@ from fastrl.rollout.stop import StopStrings
 from fastrl.types import FinishReason
 
 PREFILL_TOKENS = 16384  # fed in one forward pass, padding included: bounds the activations of long prompts
+PREFILL_LIKENESS = 3 / 4  # shortest over longest prompt of a pass: bounds the padding (measured, docs/rollout.md)
 RETIRE_SHARE = 1 / 8  # rows that ended leave the batch when they are this share of it (measured, docs/rollout.md)
 CUDA_CHECK_EVERY = 8  # steps between looks at which rows ended: a look waits for the device; on CPU it is free
 
@@ -159,11 +160,16 @@ def _passes(prompts: list[tuple[int, ...]]) -> list[tuple[int, list[tuple[tuple[
         if row and prompt == prompts[row - 1]:
             last = passes[-1][1]
             last[-1] = (prompt, last[-1][1] + 1)
-        elif passes and (len(passes[-1][1]) + 1) * len(prompt) <= PREFILL_TOKENS:
+        elif passes and _fits(passes[-1][1], prompt):
             passes[-1][1].append((prompt, 1))
         else:
             passes.append((row, [(prompt, 1)]))
     return passes
+
+
+def _fits(different: list[tuple[tuple[int, ...], int]], prompt: tuple[int, ...]) -> bool:
+    is_within_memory = (len(different) + 1) * len(prompt) <= PREFILL_TOKENS
+    return is_within_memory and len(different[0][0]) >= PREFILL_LIKENESS * len(prompt)
 
 
 def _feed(prompts: list[tuple[int, ...]], model: PreTrainedModel, made_by_model: bool) -> tuple[Tensor, DynamicCache]:
