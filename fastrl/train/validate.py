@@ -170,8 +170,8 @@ def _policy(config: GRPOConfig) -> Problems:
         yield "stop: an empty text would end every completion at once; remove it"
     if config.parity and config.algorithm != "grpo":
         yield f"parity: {config.parity} brings its own algorithm, and algorithm is {config.algorithm}; remove one"
-    if config.algorithm == "ppo":
-        yield "algorithm: ppo needs a value model, which this recipe does not train; choose grpo or reinforce_pp"
+    if config.keep_masked_denominator and not config.mask_truncated_completions:
+        yield "keep_masked_denominator: has no effect while mask_truncated_completions is false; set that too"
     if config.target_kl is not None and config.steps_per_generation * config.num_iterations == 1:
         yield (
             "target_kl: can stop nothing, each batch has one update: set num_iterations or steps_per_generation "

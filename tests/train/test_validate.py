@@ -158,10 +158,6 @@ CASES: list[tuple[Any, str]] = [
         "parity: trl brings its own algorithm, and algorithm is dapo; remove one",
     ),
     (
-        lambda: grpo(algorithm="ppo"),
-        "algorithm: ppo needs a value model, which this recipe does not train; choose grpo or reinforce_pp",
-    ),
-    (
         lambda: grpo(delta=1.25, epsilon=0.2, epsilon_high=0.28),
         "delta: 1.25 caps the ratio below the clip range's upper end 1.28; set it above",
     ),
@@ -173,6 +169,10 @@ CASES: list[tuple[Any, str]] = [
     (
         lambda: grpo(algorithm="cispo", epsilon=0.2, epsilon_high=5.0),
         "epsilon: has no place in cispo, which takes epsilon_high alone; remove it",
+    ),
+    (
+        lambda: grpo(keep_masked_denominator=True),
+        "keep_masked_denominator: has no effect while mask_truncated_completions is false; set that too",
     ),
     (
         lambda: grpo(target_kl=0.1),
