@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 Point = tuple[float, float]
 
@@ -48,20 +48,21 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(_BLOCKS[round((value - low) / (high - low) * steps)] for value in finite)
 
 
-def smoothed(values: Sequence[float], *, span: int) -> list[float]:
-    """Exponential mean with weight 2 / (span + 1), unbiased at the start: the first value is itself."""
-    keep = 1 - 2 / (span + 1)
-    total = weight = 0.0
+def smoothed(values: Sequence[float], *, reach: int) -> list[float]:
+    """Mean of each value and `reach` neighbours on both sides; near the ends fewer, but as many left as right.
+
+    Symmetric, so that a straight line stays where it is: a running exponential mean would lag behind it.
+    """
+    sums = [0.0, *accumulate(values)]
     result = []
-    for value in values:
-        total = keep * total + (1 - keep) * value
-        weight = keep * weight + (1 - keep)
-        result.append(total / weight)
+    for place in range(len(values)):
+        side = min(reach, place, len(values) - 1 - place)
+        result.append((sums[place + side + 1] - sums[place - side]) / (2 * side + 1))
     return result
 
 
 def svg_curve(points: Sequence[Point], *, title: str) -> str:
-    """One metric over steps: the values faint, their exponential mean strong, least and greatest value labelled.
+    """One metric over steps: the values faint, their local mean strong, least and greatest value labelled.
 
     Args:
         points: (step, value), finite, at least one, steps rising.
@@ -78,7 +79,7 @@ def svg_curve(points: Sequence[Point], *, title: str) -> str:
     def y(value: float) -> float:
         return _TOP + (high - value) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
 
-    mean = smoothed(values, span=max(1, len(values) // 12))
+    mean = smoothed(values, reach=len(values) // 25)
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(title)} over steps">']
     for tick in (low, (low + high) / 2, high):
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')

@@ -123,10 +123,9 @@ def _curve_sections(curves: Mapping[str, list[Point]]) -> list[str]:
 
 
 def _figure(name: str, points: list[Point]) -> str:
-    last = short_number(points[-1][1])
-    return (
-        f"<figure><figcaption>{escape(visible(name))}<b>{last}</b></figcaption>{svg_curve(points, title=name)}</figure>"
-    )
+    title, last = visible(name), short_number(points[-1][1])
+    caption = f"<figcaption>{escape(title)}<b>{last}</b></figcaption>"
+    return f"<figure>{caption}{svg_curve(points, title=title)}</figure>"
 
 
 def _time_split(curves: Mapping[str, list[Point]]) -> str:
