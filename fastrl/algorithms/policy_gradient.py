@@ -72,10 +72,11 @@ class PolicyGradient:
 def has_signal(algorithm: PolicyGradient, advantage: Tensor) -> Tensor:
     """Which items would move the policy: bool, of advantage's shape ([S] or [T]).
 
-    With neither a KL in the loss nor an entropy bonus, an advantage of exactly 0 has loss 0 and gradient 0. Sequences
-    without signal need not enter the backbone; weights made before they are dropped keep the normaliser.
+    With neither a KL nor an entropy bonus, an advantage of exactly 0 has loss 0 and gradient 0, and a sequence without
+    signal need not enter the backbone; weights made before it is dropped keep the normaliser. A KL in the reward and
+    whitening turn a sequence's 0 into other numbers for its tokens, so with them everything counts as signal.
     """
-    if kl_in_loss(algorithm) is not None or algorithm.entropy_coef != 0:
+    if (algorithm.kl is not None and algorithm.kl.coef != 0) or algorithm.entropy_coef != 0 or algorithm.whiten:
         return torch.ones_like(advantage, dtype=torch.bool)
     return advantage != 0
 

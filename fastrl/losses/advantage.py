@@ -63,7 +63,8 @@ def gpg(reward: Tensor, group: Tensor) -> Tensor:
     """
     centered = group_centered(reward, group)
     with_signal = _group_any(centered != 0, group) & reward.isfinite()
-    return centered * (reward.isfinite().sum() / with_signal.sum().clamp(min=1)).to(reward.dtype)
+    alpha = reward.isfinite().sum().double() / with_signal.sum().clamp(min=1)
+    return centered * alpha.to(reward.dtype)
 
 
 def multi_objective(reward: Tensor, group: Tensor, weights: Tensor, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
