@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 Outputs = Tensor | tuple[Tensor, ...]
 
@@ -117,7 +118,9 @@ def _tensors(result: ValueAndGrads, kind: str) -> tuple[Tensor, ...]:
 def error(got: Tensor, truth: Tensor) -> float:
     """max |got - truth| in float64; infinite where only `got` is NaN, 0 for equal infinities and empty tensors."""
     a, b = got.detach().double(), truth.detach().double()
-    gap = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    gap = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs()).nan_to_num(
+        nan=torch.inf, posinf=torch.inf
+    )
     return gap.max().item() if gap.numel() else 0.0
 
 
@@ -162,3 +165,10 @@ class MemoryMeter(TorchDispatchMode):
         self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
         self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self._alive.values()))
+
+
+def gemm_flops(run: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products that `run` makes, counted as 2 N D V each."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())

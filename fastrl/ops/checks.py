@@ -72,10 +72,8 @@ def check_target(target: Tensor, vocabulary: int) -> None:
 
 def check_map(temperature: float | Tensor, softcap: float | None, logit_scale: float) -> None:
     """Check temperature > 0 (a number; a tensor's values are the caller's), softcap > 0 and a finite scale."""
-    if isinstance(temperature, Tensor):
-        if temperature.requires_grad:
-            raise ValueError("temperature is a constant: detach() it; no gradient is computed for it")
-    elif not temperature > 0:
+    check_constant("temperature", temperature)
+    if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature} (greedy log-probabilities use 1)")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
@@ -89,7 +87,7 @@ def check_chunk_rows(chunk_rows: int | None) -> None:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
 
 
-def check_row_weight(row_weight: Tensor | None) -> None:
-    """Check that row_weight, when given, is a constant."""
-    if row_weight is not None and row_weight.requires_grad:
-        raise ValueError("row_weight is a constant: detach() it; no gradient is computed for it")
+def check_constant(name: str, tensor: Tensor | float | None) -> None:
+    """Check that a tensor no gradient is computed for does not expect one."""
+    if isinstance(tensor, Tensor) and tensor.requires_grad:
+        raise ValueError(f"{name} is a constant: detach() it; no gradient is computed for it")

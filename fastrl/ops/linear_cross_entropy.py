@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastrl.ops.backend import Implementations, choose
-from fastrl.ops.checks import check_chunk_rows, check_head, check_map, check_row_weight, check_shapes, check_target
+from fastrl.ops.checks import check_chunk_rows, check_constant, check_head, check_map, check_shapes, check_target
 from fastrl.ops.gemm import accumulation_dtype
 from fastrl.ops.head import default_chunk_rows
 from fastrl.ops.linear_logprob import reference_logits
@@ -87,7 +87,7 @@ def linear_cross_entropy(
     target = target.masked_fill(target == ignore_index, -1)
     check_target(target, valid_vocab or weight.shape[0])
     check_map(temperature, softcap, logit_scale)
-    check_row_weight(token_weight)
+    check_constant("token_weight", token_weight)
     check_chunk_rows(chunk_rows)
     chosen = choose(backend, hidden, _IMPLEMENTATIONS)
     if valid_vocab is not None:

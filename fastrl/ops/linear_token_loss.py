@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrl.ops.backend import Implementations, choose
-from fastrl.ops.checks import check_chunk_rows, check_head, check_map, check_row_weight, check_shapes, check_target
+from fastrl.ops.checks import check_chunk_rows, check_constant, check_head, check_map, check_shapes, check_target
 from fastrl.ops.gemm import accumulation_dtype
 from fastrl.ops.head import Needs, default_chunk_rows, head_operands
 from fastrl.ops.linear_logprob import reference_logits
@@ -110,7 +110,7 @@ def linear_token_loss(
     check_head(hidden, weight, bias, valid_vocab)
     check_target(target, valid_vocab or weight.shape[0])
     check_map(temperature, softcap, logit_scale)
-    check_row_weight(row_weight)
+    check_constant("row_weight", row_weight)
     check_chunk_rows(chunk_rows)
     if not 0 <= skip_tolerance < 1:
         raise ValueError(f"skip_tolerance must be in [0, 1), got {skip_tolerance}")

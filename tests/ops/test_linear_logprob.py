@@ -9,11 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastrl.ops import linear_logprob, use_backend
 from fastrl.ops.linear_logprob import reference
-from fastrl.testing import MemoryMeter, assert_no_worse_than, double, linear_logprob_inputs, value_and_grads
+from fastrl.testing import MemoryMeter, assert_no_worse_than, double, gemm_flops, linear_logprob_inputs, value_and_grads
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 OPTIONS = {
@@ -223,9 +222,7 @@ def test_the_cache_stays_inside_its_budget():
 
 def gemm_units(n, d, v, run):
     """Matrix-product work in units of 2 N D V."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops() / (2 * n * d * v)
+    return gemm_flops(run) / (2 * n * d * v)
 
 
 def test_work_is_one_product_forward_and_two_or_three_backward():
