@@ -21,30 +21,27 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     about `used` alone. The tensors that `update` returns are views: they are valid until the next call.
     """
 
-    def __init__(self, used: int, limit: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, *, batch: int, used: int, limit: int) -> None:
+        """Room for `batch` rows, shaped like prefilled keys and values; no row ever holds more than `limit` tokens."""
         super().__init__()
         self.used = used
         self.limit = limit
+        room = min(limit, used + FIRST_ROOM)
+        # Zeros, not fresh memory: the padding left of a short prompt is masked, and 0 * NaN would be NaN.
+        self.keys: Tensor = keys.new_zeros(batch, keys.shape[1], room, keys.shape[3])
+        self.values: Tensor = values.new_zeros(batch, values.shape[1], room, values.shape[3])
+        self.is_initialized = True
 
-    def place(self, rows: slice, keys: Tensor, values: Tensor, batch: int, repeat: Tensor) -> None:
+    def place(self, rows: slice, keys: Tensor, values: Tensor, repeat: Tensor) -> None:
         """Copy prefilled prompts into rows, right-aligned before `used`, each repeated for its group.
 
         Args:
             rows: the B' rows to fill.
-            keys: [U, H, n, d] of U different prompts with n <= used tokens.
-            values: same.
-            batch: number of rows of the cache.
+            keys: [U, H, n, d] of U different prompts with n <= used tokens; values the same.
             repeat: [B'] the prompt of each row.
         """
-        heads, n = keys.shape[1:3]
-        if self.keys is None:
-            # Zeros, not fresh memory: the padding left of a short prompt is masked, and 0 * NaN would be NaN.
-            room = min(self.limit, self.used + FIRST_ROOM)
-            self.keys = keys.new_zeros(batch, heads, room, keys.shape[-1])
-            self.values = values.new_zeros(batch, heads, room, values.shape[-1])
-            self.is_initialized = True
-        self.keys[rows, :, self.used - n : self.used] = keys[repeat]
-        self.values[rows, :, self.used - n : self.used] = values[repeat]
+        self.keys[rows, :, self.used - keys.shape[2] : self.used] = keys[repeat]
+        self.values[rows, :, self.used - keys.shape[2] : self.used] = values[repeat]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append one token per row; returns everything filled so far."""
@@ -75,11 +72,13 @@ def decoding_cache(prefilled: list[tuple[slice, DynamicCache, Tensor]], *, batch
         width: tokens of the longest prompt; shorter ones are aligned right.
         limit: most tokens a row will ever hold, padding included.
     """
-    layers = [RoomyLayer(width, limit) for _ in prefilled[0][1].layers]
-    for i, layer in enumerate(layers):
+    layers = []
+    for i, first in enumerate(prefilled[0][1].layers):
+        layer = RoomyLayer(first.keys, first.values, batch=batch, used=width, limit=limit)
         for rows, cache, repeat in prefilled:
-            layer.place(rows, cache.layers[i].keys, cache.layers[i].values, batch, repeat)
-            cache.layers[i].reset()
+            layer.place(rows, cache.layers[i].keys, cache.layers[i].values, repeat)
+            cache.layers[i].keys = cache.layers[i].values = None
+        layers.append(layer)
     return Cache(layers=layers)
 
 
