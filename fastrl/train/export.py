@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastrl.train.durable import write_directory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def save_pretrained(
@@ -29,25 +30,32 @@ def save_pretrained(
     path = Path(directory)
     if path.exists() and not (path / "config.json").is_file():
         raise ValueError(f"{path} exists and is no model directory; it would be replaced: choose another name")
-    generation = model.generation_config
-    if generation is not None:
-        known = generation.eos_token_id
-        ends = [] if known is None else [known] if isinstance(known, int) else list(known)
-        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-            ends.append(tokenizer.eos_token_id)
-        if ends:
-            generation.eos_token_id = ends[0] if len(ends) == 1 else ends
-        # A greedy configuration with a temperature is refused by transformers when it is saved, at the end of a run.
-        if not generation.do_sample and any(
-            getattr(generation, name) not in (None, neutral)
-            for name, neutral in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 50), ("min_p", None))
-        ):
-            generation.do_sample = True
 
     def write(fresh: Path) -> None:
-        model.save_pretrained(fresh, safe_serialization=True)
+        original = model.generation_config
+        model.generation_config = _served(original, tokenizer.eos_token_id) if original is not None else None
+        try:
+            model.save_pretrained(fresh)
+        finally:
+            model.generation_config = original
         tokenizer.save_pretrained(fresh)
         (fresh / "README.md").write_text(card, encoding="utf-8")
 
     write_directory(path, write)
     return path
+
+
+def _served(generation: GenerationConfig, eos_token_id: int | None) -> GenerationConfig:
+    """A copy of `generation` that also stops at `eos_token_id` and that transformers agrees to save."""
+    served = copy.deepcopy(generation)
+    known = served.eos_token_id
+    ends = [] if known is None else [known] if isinstance(known, int) else list(known)
+    if eos_token_id is not None and eos_token_id not in ends:
+        ends.append(eos_token_id)
+    served.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+    try:
+        served.validate(strict=True)
+    except ValueError:
+        # Published models do sample with a temperature under do_sample=False; saving that fails at the end of a run.
+        served.do_sample = True
+    return served
