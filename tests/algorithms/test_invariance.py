@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,14 +16,15 @@ from tests.algorithms.algorithms import NAMED
 from tests.algorithms.steps import LENGTH, Step, columns, distribution, make_head, make_step, pack
 
 EVERYTHING = list(range(len(LENGTH)))
-EXACT = {"rtol": 1e-11, "atol": 1e-13}
+assert_same = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-13)  # float64, summed in another order
 
 
 def accumulated(
     algorithm: PolicyGradient, head: Head, step: Step, cuts: list[list[int]], *, has_old: bool, chunk_rows: int | None
 ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
     """Loss and head gradient summed over micro-batches; hidden gradients by sequence."""
-    loss, d_weight, d_hidden = torch.zeros((), dtype=torch.float64), torch.zeros_like(head.weight), {}
+    loss, d_weight = torch.zeros((), dtype=torch.float64), torch.zeros_like(head.weight)
+    d_hidden: dict[int, Tensor] = {}
     for order in cuts:
         hidden, batch = pack(algorithm, step, order, has_old=has_old)
         output = policy_loss(algorithm, hidden, head, batch, chunk_rows=chunk_rows)
@@ -60,10 +62,10 @@ def test_any_cut_order_and_chunk_gives_the_materialised_loss_and_gradients(name:
         ([shuffled[:2], shuffled[2:3], shuffled[3:]], 1),
     ):
         got = accumulated(algorithm, head, step, cuts, has_old=has_old, chunk_rows=chunk_rows)
-        torch.testing.assert_close(got[0], loss, **EXACT)
-        torch.testing.assert_close(got[1], d_weight, **EXACT)
+        assert_same(got[0], loss)
+        assert_same(got[1], d_weight)
         for s in EVERYTHING:
-            torch.testing.assert_close(got[2][s], expected[s], **EXACT)
+            assert_same(got[2][s], expected[s])
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -79,12 +81,12 @@ def test_every_part_of_the_head_gets_the_materialised_gradient(name: str, backen
     slow = policy_loss_from_logprob(algorithm, logprob, entropy, batch)
     fast = policy_loss(algorithm, hidden, head, batch, backend=backend)
     leaves = (hidden, head.weight, head.bias)
-    torch.testing.assert_close(fast.loss, slow.loss, **EXACT)
+    assert_same(fast.loss, slow.loss)
     for a, b in zip(torch.autograd.grad(fast.loss, leaves), torch.autograd.grad(slow.loss, leaves), strict=True):
-        torch.testing.assert_close(a, b, **EXACT)
+        assert_same(a, b)
     assert fast.metrics.keys() == slow.metrics.keys()
     for metric, values in slow.metrics.items():
-        torch.testing.assert_close(fast.metrics[metric], values, msg=metric, **EXACT)
+        assert_same(fast.metrics[metric], values, msg=metric)
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -139,9 +141,9 @@ def test_sequences_without_signal_can_be_dropped_and_the_model_gets_the_same_gra
     cuts = [with_signal(algorithm, step)]
     whole = accumulated(algorithm, head, step, [EVERYTHING], has_old=True, chunk_rows=None)
     part = accumulated(algorithm, head, step, cuts, has_old=True, chunk_rows=None)
-    torch.testing.assert_close(part[:2], whole[:2], **EXACT)
+    assert_same(part[:2], whole[:2])
     for s in EVERYTHING:
-        torch.testing.assert_close(part[2].get(s, torch.zeros_like(whole[2][s])), whole[2][s], **EXACT)
+        assert_same(part[2].get(s, torch.zeros_like(whole[2][s])), whole[2][s])
 
 
 def test_a_batch_with_nothing_to_train_has_loss_zero_and_a_gradient() -> None:
@@ -168,4 +170,4 @@ def test_an_advantage_of_zero_on_a_token_keeps_its_kl_and_the_normaliser() -> No
     silent = policy_loss(algorithm, hidden, head, replace(batch, advantage=torch.zeros_like(batch.advantage)))
     assert algorithm.kl is not None
     expected = (batch.weight.double() * algorithm.kl.coef * silent.metrics["kl"]).sum()
-    torch.testing.assert_close(silent.loss, expected, **EXACT)
+    assert_same(silent.loss, expected)
