@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 Point = tuple[float, float]
 
@@ -20,6 +20,8 @@ def short_number(value: float) -> str:
     """Three significant digits, with k, M, G beyond a thousand and an exponent below a thousandth."""
     if value == 0:
         return "0"
+    if not math.isfinite(value):
+        return str(value)
     magnitude = abs(value)
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if magnitude >= size * 0.9995:
@@ -49,20 +51,23 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def smoothed(values: Sequence[float], *, reach: int) -> list[float]:
-    """Mean of each value and `reach` neighbours on both sides; near the ends fewer, but as many left as right.
+    """The straight line fitted to each value and its `reach` neighbours on both sides, read at the value.
 
-    Symmetric, so that a straight line stays where it is: a running exponential mean would lag behind it.
+    Away from the ends that is their mean. Unlike an exponential mean it does not lag behind a slope.
     """
-    sums = [0.0, *accumulate(values)]
     result = []
     for place in range(len(values)):
-        side = min(reach, place, len(values) - 1 - place)
-        result.append((sums[place + side + 1] - sums[place - side]) / (2 * side + 1))
+        first, after = max(0, place - reach), min(len(values), place + reach + 1)
+        centre = (first + after - 1) / 2
+        mean = math.fsum(values[first:after]) / (after - first)
+        spread = sum((index - centre) ** 2 for index in range(first, after))
+        tilt = sum((index - centre) * values[index] for index in range(first, after))
+        result.append(mean + (tilt / spread if spread else 0.0) * (place - centre))
     return result
 
 
 def svg_curve(points: Sequence[Point], *, title: str) -> str:
-    """One metric over steps: the values faint, their local mean strong, least and greatest value labelled.
+    """One metric over steps: the values faint, their smoothed course strong, least and greatest value labelled.
 
     Args:
         points: (step, value), finite, at least one, steps rising.

@@ -21,6 +21,8 @@ from fastrl.report.curves import short_number, smoothed, sparkline, svg_curve, t
         (-3e9, "-3G"),
         (1e-6, "1.0e-6"),
         (1e-12, "1.0e-12"),
+        (float("nan"), "nan"),
+        (float("-inf"), "-inf"),
     ],
 )
 def test_numbers_have_three_digits_and_a_unit(value, text):
@@ -41,9 +43,12 @@ def test_a_sparkline_spans_its_own_range():
     assert len(sparkline(list(range(1000)), 48)) == 48
 
 
-def test_smoothing_is_a_symmetric_mean_that_keeps_straight_lines():
+def test_smoothing_is_a_local_mean_that_keeps_straight_lines():
     assert smoothed([0, 3, 6, 9, 12], reach=2) == pytest.approx([0, 3, 6, 9, 12])
+    # Means inside; at the ends, the line through the last two.
     assert smoothed([0, 3, 0, 3, 9], reach=1) == pytest.approx([0, 1, 2, 4, 9])
+    # Four values at the left end of reach 3: mean 2, slope 0.8, read 1.5 places left of their centre.
+    assert smoothed([2, 0, 2, 4, 2, 0, 2], reach=3)[0] == pytest.approx(2 - 1.5 * 0.8)
     assert smoothed([4.0], reach=3) == [4.0]
 
 

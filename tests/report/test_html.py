@@ -8,7 +8,7 @@ from fastrl.report import CompletionSample, CompletionsLog, JsonLines, MetricsLo
 from fastrl.report.html import MOST_SAMPLES, metric_curves
 from fastrl.rewards import RewardError
 
-HOSTILE = '</pre><script>alert(1)</script><img src=x onerror=alert(1)>" style="x\x1b[2J\u202e\ud800'
+HOSTILE = '</pre><script>alert(1)</script><img src=x onerror=alert(1)>" onload="x\x1b[2J\u202e\ud800'
 ALLOWED = {
     *(
         "html",
