@@ -116,7 +116,7 @@ def best_fit_decreasing(lengths, budget):
 
 
 @built
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(lengths=st.lists(st.integers(0, 20), max_size=40))
 def test_packing_puts_each_sequence_into_the_fullest_bin_that_holds_it(lengths):
     got = torch.ops.fastrl.pack_bins(torch.tensor(lengths, dtype=torch.int64), 20).tolist()

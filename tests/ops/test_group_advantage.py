@@ -94,11 +94,22 @@ def test_a_rollout_without_reward_leaves_mean_and_deviation(backend):
     without = group_advantage(torch.tensor([1.0, 2.0, 6.0]), torch.zeros(3).long(), backend=backend)
     assert with_nan[1] == 0
     assert with_nan[[0, 2, 3]].tolist() == without.tolist()
+    equal = group_advantage(torch.tensor([0.1, 0.1, 0.1, torch.nan]).double(), torch.zeros(4).long(), backend=backend)
+    assert equal.tolist() == [0.0] * 4
     nothing = group_advantage(torch.full((3,), torch.nan), torch.zeros(3).long(), backend=backend)
     assert nothing.tolist() == [0.0, 0.0, 0.0]
 
 
-@settings(max_examples=80, deadline=None)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [Scale.GROUP, Scale.BATCH])
+def test_without_a_spread_to_divide_by_a_raw_reward_gives_nothing(backend, scale):
+    reward, group = torch.tensor([3.0, 3.0, 3.0]), torch.tensor([0, 0, 1])
+    options = {"baseline": Baseline.NONE, "backend": backend}
+    assert group_advantage(reward, group, scale=scale, **options).tolist() == [0.0, 0.0, 0.0]
+    assert group_advantage(reward, group, scale=Scale.NONE, **options).tolist() == [3.0, 3.0, 3.0]
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     size=st.integers(0, 24),
     seed=st.integers(0, 999),

@@ -44,7 +44,7 @@ def call(tensors, weight, options, backend):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     size=st.integers(0, 17),
     seed=st.integers(0, 9999),
@@ -158,7 +158,7 @@ def test_kl_can_show_one_estimator_and_follow_another(backend):
 def test_a_token_that_is_not_finite_is_counted_and_leaves_no_trace(backend, bad, place):
     tensors = columns(1, 4, torch.float32)
     weight = torch.tensor([1.0, 0.5, 0.0, 0.5])
-    options = {"kl_coef": 0.1, "entropy_coef": 0.1}
+    options = {"kl": Kl.K1, "kl_coef": 0.1, "entropy_coef": 0.1}  # K1 has a slope even where all is 0
     clean = call(tensors, weight, options, backend)
     tensors[place][1] = bad  # trained
     tensors[place][2] = bad  # not trained: nobody's business
