@@ -104,7 +104,7 @@ def open_run_directory(output_dir: str | Path, config: Mapping[str, Any], *, res
                 "pass --resume auto or another --output_dir"
             )
         stored = path / CONFIG_FILE
-        if used and stored.is_file():
+        if used:
             _check_same_run(stored, config)
         write_text(stored, json.dumps(config, indent=1, sort_keys=True) + "\n")
         return RunDirectory(path, lock)
@@ -126,6 +126,8 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
 
 
 def _check_same_run(stored: Path, config: Mapping[str, Any]) -> None:
+    if not stored.is_file():
+        raise RunDirectoryError(f"{stored.parent} is no run directory (no {CONFIG_FILE}); choose another --output_dir")
     try:
         old = json.loads(stored.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+import importlib.machinery
+import itertools
+import sys
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from fastrl.train import attention
 from fastrl.train.attention import use_packed_attention
 from fastrl.train.model import checkpoint_activations, hidden_states, model_head, turn_off_dropout
 from fastrl.train.packed_sdpa import bucketed, packed_sdpa
@@ -146,6 +153,71 @@ def test_kernels_that_cannot_run_here_are_refused_by_name() -> None:
         use_packed_attention(model, "varlen")
     with pytest.raises(RuntimeError, match="attention 'flash' needs"):
         use_packed_attention(model, "flash")
+
+
+def kernel_on_the_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    *_: object,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What varlen_attn documents: `window_size` counts keys to the left and right of a row, -1 for all of them."""
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    left, right = window_size
+    assert right == 0
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    out = torch.empty_like(query)
+    for start, end in itertools.pairwise(cu_seqlens.tolist()):
+        row = torch.arange(end - start)
+        is_seen = (row[:, None] >= row) & ((left < 0) | (row[:, None] - row <= left))
+        score = torch.einsum("the,she->hts", query[start:end], key[start:end]) * scale
+        weight = score.masked_fill(~is_seen, -torch.inf).softmax(-1)
+        out[start:end] = torch.einsum("hts,she->the", weight, value[start:end])
+    return out
+
+
+def without_gqa(*arguments: Any, scale: float | None = None, window_size: tuple[int, int] = (-1, -1)) -> Tensor:
+    """The signature of torch 2.11."""
+    return kernel_on_the_cpu(*arguments, scale=scale, window_size=window_size)
+
+
+def flash_on_the_cpu(
+    *arguments: Any, softmax_scale: float, causal: bool, window_size: tuple[int, int], softcap: float
+) -> Tensor:
+    """The part of flash-attn's signature that is used here."""
+    assert causal
+    assert softcap == 0.0
+    return kernel_on_the_cpu(*arguments, scale=softmax_scale, window_size=window_size, enable_gqa=True)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral-window", "gemma3"])
+@pytest.mark.parametrize("kernel", ["varlen", "varlen of torch 2.11", "flash"])
+def test_the_flash_kernels_are_asked_for_the_same_attention(
+    name: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = family(name), packed(random_sequences())
+    use_packed_attention(model, "sdpa")
+    expected = hidden_states(model, batch)
+    monkeypatch.setattr(attention, "_cuda_obstacle", lambda model: None)
+    if kernel == "flash":
+        module = ModuleType("flash_attn")
+        module.flash_attn_varlen_func = flash_on_the_cpu  # type: ignore[attr-defined]
+        module.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+        monkeypatch.setitem(sys.modules, "flash_attn", module)
+        use_packed_attention(model, "flash")
+    else:
+        stand_in = kernel_on_the_cpu if kernel == "varlen" else without_gqa
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+        attention._varlen_options.cache_clear()
+        use_packed_attention(model)  # "auto" prefers it
+        assert model.config._attn_implementation == "fastrl_varlen"
+    torch.testing.assert_close(hidden_states(model, batch), expected, atol=1e-5, rtol=1e-4)
+    attention._varlen_options.cache_clear()
 
 
 @pytest.mark.gpu

@@ -72,12 +72,12 @@ def test_every_flipped_bit_and_every_truncation_is_found_and_the_file_named(tmp_
             load_checkpoint(bad)
 
 
-def test_every_bit_of_the_manifest_counts(tmp_path: Path) -> None:
+def test_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, tensors={}, state={})
     content = (path / "manifest.json").read_bytes()
-    for bit in range(8 * len(content)):
+    for place in range(len(content)):
         flipped = bytearray(content)
-        flipped[bit // 8] ^= 1 << bit % 8
+        flipped[place] ^= 1 << place % 8
         (path / "manifest.json").write_bytes(flipped)
         with pytest.raises(CheckpointError):
             load_checkpoint(path)
@@ -235,15 +235,16 @@ def kill_during_saves(run: Path, kills: int) -> int:
         for _ in range(kills):
             print("save", file=saver.stdin, flush=True)
             child = int(saver.stdout.readline())
-            time.sleep(chance.uniform(0.0, 0.05))
+            while not any(int(path.name.split("-")[1]) > newest for path in run.glob("checkpoint-*")):
+                time.sleep(0.001)
+            time.sleep(chance.uniform(0.0, 0.03))
             os.kill(child, signal.SIGKILL)
             assert saver.stdout.readline() == "dead\n"
             found = newest_checkpoint(run)  # a damaged one would warn, and warnings are errors
-            if found is None:
-                continue
+            assert found is not None
             tensors, state = load_checkpoint(found)
             assert found.name == f"checkpoint-{state['step']}"
-            assert state["step"] >= newest
+            assert state["step"] > newest
             for named in tensors.values():
                 assert torch.equal(named["w"], torch.full((50_000,), float(state["step"])))
             newest = state["step"]
@@ -251,12 +252,12 @@ def kill_during_saves(run: Path, kills: int) -> int:
 
 
 def test_a_run_killed_while_saving_resumes_from_a_whole_checkpoint(tmp_path: Path) -> None:
-    assert kill_during_saves(tmp_path, kills=12) > 5
+    assert kill_during_saves(tmp_path, kills=12) >= 12
 
 
 @pytest.mark.slow
 def test_two_hundred_kills_leave_a_whole_checkpoint_each_time(tmp_path: Path) -> None:
-    assert kill_during_saves(tmp_path, kills=200) > 100
+    assert kill_during_saves(tmp_path, kills=200) >= 200
 
 
 def test_files_and_their_directory_are_on_the_disk_before_the_rename_and_the_parent_after(

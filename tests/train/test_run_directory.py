@@ -37,6 +37,15 @@ def test_a_used_directory_needs_resume_or_another_name(tmp_path: Path) -> None:
         open_run_directory(tmp_path / "file", CONFIG, resume=None)
 
 
+def test_a_directory_that_was_never_a_run_is_not_resumed(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(RunDirectoryError, match=r"is no run directory \(no run\.json\)"):
+        open_run_directory(tmp_path, CONFIG, resume="auto")
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(RunDirectoryError, match=r"run\.json is not JSON"):
+        open_run_directory(tmp_path, CONFIG, resume="auto")
+
+
 def test_resume_with_another_meaning_lists_the_differences_and_changes_nothing(tmp_path: Path) -> None:
     open_run_directory(tmp_path, CONFIG, resume=None).close()
     (tmp_path / "checkpoint-3").mkdir()
