@@ -120,16 +120,16 @@ def token_objective(
         delta: cap on r before the minimum (TRL); bounds the loss at A < 0. None: off.
         kl_coef: beta; needs ref_logprob when not 0.
         kl: estimator for the value.
-        kl_gradient: estimator whose derivative is used; None means `kl`. `Kl.K2` gives the exact policy's
-            reverse-KL gradient whatever the value shown (straight through).
+        kl_gradient: estimator whose derivative is used; None means `kl`. `Kl.K2` is the
+            unbiased gradient of the reverse KL on policy, whatever the value shown (straight through).
         sampler_logprob: [T] l_mu under the distribution that sampled, or None (correction 1); a constant.
         correction_cap: rho counts for at most this.
         correction_low: tokens with rho below it lose their surrogate.
         correction_high: tokens with rho above it lose their surrogate.
         entropy: [T] H of the policy at each position, nats; differentiable; None when entropy_coef is 0.
         entropy_coef: bonus per nat.
-        log_ratio_clamp: every difference of log-probabilities is held in +-this before `exp` (verl's 20), with
-            gradient 0 outside; at most 80, so that exp stays finite in f32.
+        log_ratio_clamp: every difference of log-probabilities is held in +-this (verl's 20), with gradient 0
+            outside; at most 80, so that exp stays finite in f32.
         backend: see `fastrl.ops.backend.choose`.
 
     Returns:
@@ -141,7 +141,7 @@ def token_objective(
     Raises:
         ValueError: shapes that do not fit, a coefficient whose tensor is missing, a number out of its range.
 
-    Cost: elementwise over [T], no host sync; [T] x 2 kept for backward.
+    Cost: elementwise over [T], no host sync; d_logprob is what backward keeps.
 
     Source: Schulman 2017, arXiv:1707.06347, eq. 7; Ye 2020, arXiv:1912.09729, eq. 5 (dual clip); Yu 2025,
     arXiv:2503.14476, eq. 10 (clip-higher); INTELLECT-2, arXiv:2505.07291, sec. 3.4 (delta).
@@ -195,6 +195,8 @@ def _check(inputs: _Inputs, weight: Tensor, options: _Options) -> None:
         raise ValueError(f"kl_coef={options.kl_coef} needs ref_logprob, got None")
     if options.entropy_coef != 0 and inputs.entropy is None:
         raise ValueError(f"entropy_coef={options.entropy_coef} needs entropy, got None")
+    if inputs.sampler_logprob is None and (options.correction_low > 0 or options.correction_high < inf):
+        raise ValueError("correction_low and correction_high need sampler_logprob, got None")
     if not 0 < options.log_ratio_clamp <= 80:
         raise ValueError(f"log_ratio_clamp must lie in (0, 80] (e^88 overflows f32), got {options.log_ratio_clamp}")
     if not (0 <= options.clip_low <= 1 and options.clip_high >= 0):

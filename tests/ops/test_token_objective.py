@@ -211,10 +211,11 @@ def test_a_weighted_upstream_gradient_scales_the_derivative_without_changing_it(
     [
         ({"kl_coef": 0.1}, "needs ref_logprob"),
         ({"entropy_coef": 0.1}, "needs entropy"),
+        ({"correction_low": 0.5}, "needs? sampler_logprob"),
         ({"log_ratio_clamp": 100.0}, "log_ratio_clamp"),
         ({"clip_low": 1.5}, "clip_low"),
         ({"dual_clip": 0.5}, "dual_clip"),
-        ({"correction_low": 3.0, "correction_high": 2.0}, "correction_low"),
+        ({"correction_cap": 0.0}, "correction_cap"),
     ],
 )
 def test_an_option_that_cannot_be_meant_is_refused(options, message):
