@@ -120,10 +120,12 @@ def test_a_sentence_that_fastrl_raises_is_printed_without_a_traceback(
     assert capsys.readouterr().err == "demo: row 3 is empty\n"
 
 
-@pytest.mark.parametrize("body", ["int('x')", "import torch; torch.zeros(2) @ torch.zeros(3)"])
+@pytest.mark.parametrize(
+    "body", ["int('x')", "import fractions; fractions.Fraction('x')", "import torch; torch.zeros(2) @ torch.zeros(3)"]
+)
 def test_an_error_that_fastrl_did_not_raise_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     stand_in(monkeypatch, "demo", f"def run(config): {body}\n")
-    with pytest.raises((ValueError, RuntimeError), match=r"invalid literal|inconsistent|size"):
+    with pytest.raises((ValueError, RuntimeError), match=r"(?i)invalid literal|inconsistent|size"):
         main(["demo"])
 
 
@@ -204,6 +206,16 @@ def test_wrong_usage_is_refused_with_the_right_one(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert refused(capsys, *arguments) == message
+
+
+def test_a_reward_module_in_the_current_directory_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("fastrl_judge.py").write_text("def judge(completions): ...\n")
+    flags = ["--reward_funcs", "fastrl_judge:judge"]
+    assert main(["config", "check", "run.yaml", *flags]) == 0
+    capsys.readouterr()
+    assert "has no juge; did you mean judge?" in refused(
+        capsys, "run", "run.yaml", "--reward_funcs", "fastrl_judge:juge"
+    )
 
 
 # What it shows

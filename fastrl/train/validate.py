@@ -188,7 +188,7 @@ def _clip(config: GRPOConfig) -> Problems:
                 yield f"{key}: has no place in {config.algorithm}, which {takes}; remove it"
     upper = config.epsilon if config.epsilon_high is None else config.epsilon_high
     if config.delta is not None and upper is not None and config.delta <= 1 + upper:
-        yield f"delta: {config.delta} caps the ratio below the clip range's upper end {1 + upper}; set it above"
+        yield f"delta: {config.delta} caps the ratio inside the clip range, which ends at {1 + upper}; set it above"
 
 
 def _kl(config: GRPOConfig) -> Problems:

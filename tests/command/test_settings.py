@@ -27,13 +27,13 @@ def refusal(call: object, *arguments: object, **named: object) -> str:
 
 
 def test_every_value_is_text_with_the_line_of_its_key(tmp_path: Path) -> None:
-    path = write(tmp_path, "seed: 010\noutput_dir: no\n\nlearning_rate: 1e-6\neval_dataset: ~\nstop: [1, yes]\n")
+    path = write(tmp_path, "seed: 010\noutput_dir: no\n\nlearning_rate:\n  1e-6\neval_dataset: ~\nstop: [1, yes]\n")
     assert read_yaml(path) == [
         Setting("seed", "010", f"{path}:1"),
         Setting("output_dir", "no", f"{path}:2"),
         Setting("learning_rate", "1e-6", f"{path}:4"),
-        Setting("eval_dataset", None, f"{path}:5"),
-        Setting("stop", ["1", "yes"], f"{path}:6"),
+        Setting("eval_dataset", None, f"{path}:6"),
+        Setting("stop", ["1", "yes"], f"{path}:7"),
     ]
 
 

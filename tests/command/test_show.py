@@ -33,6 +33,7 @@ def conforms(value: Any, schema: dict[str, Any]) -> bool:
     if isinstance(value, list):
         return all(conforms(item, schema["items"]) for item in value)
     if isinstance(value, dict) and "properties" in schema:
+        assert schema["additionalProperties"] is False
         known = value.keys() <= schema["properties"].keys() and set(schema["required"]) <= value.keys()
         return known and all(conforms(item, schema["properties"][key]) for key, item in value.items())
     if isinstance(value, dict):

@@ -159,7 +159,11 @@ CASES: list[tuple[Any, str]] = [
     ),
     (
         lambda: grpo(delta=1.25, epsilon=0.2, epsilon_high=0.28),
-        "delta: 1.25 caps the ratio below the clip range's upper end 1.28; set it above",
+        "delta: 1.25 caps the ratio inside the clip range, which ends at 1.28; set it above",
+    ),
+    (
+        lambda: grpo(delta=1.5, epsilon=0.5),
+        "delta: 1.5 caps the ratio inside the clip range, which ends at 1.5; set it above",
     ),
     (lambda: grpo(delta=1.0), "delta: must be in (1, inf), got 1.0"),
     (
