@@ -55,14 +55,9 @@ def test_an_exported_model_loads_in_transformers_and_here_with_identical_logits(
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert tokenizer("w0 w5")["input_ids"] == [2, 7]
     assert tokenizer.chat_template == tiny_tokenizer().chat_template
-    assert sorted(path.name for path in directory.iterdir() if path.suffix != ".jinja") == [
-        "README.md",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
+    written = {path.name for path in directory.iterdir()}
+    assert written >= {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {name for name in written if "model" in name or name.endswith(".bin")} == {"model.safetensors"}
     assert (directory / "README.md").read_text() == "# tiny\n"
 
 
