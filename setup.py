@@ -7,17 +7,13 @@ then `pip install --no-build-isolation -e .`.
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-
-try:
-    import torch
-except ImportError:
-    torch = None
 
 
 def notice(reason: str) -> None:
@@ -34,17 +30,18 @@ class BuildOrGoWithout(build_ext):
             super().run()
         except Exception as error:
             notice(f"the C++ build failed with {type(error).__name__}: {str(error)[-80:]}")
-            self.extensions = []
+            self.extensions: list[Extension] = []
 
 
 def extensions() -> list[Extension]:
-    if torch is None:
+    torch = find_spec("torch")
+    if torch is None or torch.origin is None:
         notice("torch is not importable here; use pip install --no-build-isolation")
         return []
     if sys.platform == "win32":
         notice("not built on Windows")
         return []
-    torch_root = Path(torch.__file__).parent
+    torch_root = Path(torch.origin).parent
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
     return [
         Extension(
