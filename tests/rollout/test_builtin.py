@@ -11,7 +11,7 @@ from fastrl.rollout import decode
 from fastrl.rollout.builtin import BuiltinEngine, eos_token_ids
 from fastrl.rollout.engine import Engine, Sampling, check_sampling
 from tests.rollout.contract import CHECKS, Check, MakeModel, assert_fresh_forward_agrees, some_prompts
-from tests.rollout.tiny import MODELS, V, mistral_window, qwen3, tiny_tokenizer
+from tests.rollout.tiny import CONTEXT, MODELS, V, gpt2, mistral_window, qwen3, tiny_tokenizer
 
 
 def make_engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Engine:
@@ -59,6 +59,13 @@ def test_rows_that_ended_leave_the_batch():
     assert needed <= sum(widths[1:]) < 1.2 * needed < 64 * (longest - 1)
 
 
+def test_a_row_at_the_end_of_the_context_waits_for_its_neighbours_in_bounds():
+    """One ended row among 16 is too few to retire; its next position would lie outside GPT-2's table."""
+    prompts = some_prompts((CONTEXT - 1, *[2] * 15))
+    rollouts = BuiltinEngine(gpt2(), tiny_tokenizer()).generate(prompts, Sampling(8), seeds=range(16))
+    assert [len(rollout.completion_ids) for rollout in rollouts] == [1] + [8] * 15
+
+
 def test_training_goes_on_after_sampling_from_the_same_module():
     model = qwen3().train()
     model.model.layers[0].eval()  # a frozen part keeps its own mode
@@ -101,9 +108,11 @@ def test_logits_that_are_not_finite_end_their_rollout_as_an_error():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_broken_head_gives_errors_and_no_tokens(sampling: Sampling, value: float):
     model = qwen3()
-    model.lm_head.register_forward_hook(lambda _, __, logits: torch.full_like(logits, value))
+    passes = []
+    model.lm_head.register_forward_hook(lambda _, __, logits: (passes.append(1), torch.full_like(logits, value))[1])
     for rollout in BuiltinEngine(model, tiny_tokenizer()).generate([[5, 6], [7]], sampling):
         assert (rollout.completion_ids, rollout.logprob, rollout.finish_reason) == ((), (), "error")
+    assert len(passes) == 1
 
 
 def test_a_logit_of_minus_infinity_is_a_token_that_is_never_drawn():
