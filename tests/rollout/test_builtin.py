@@ -110,7 +110,7 @@ def test_a_broken_head_gives_errors_and_no_tokens(sampling: Sampling, value: flo
     model = qwen3()
     passes = []
     model.lm_head.register_forward_hook(lambda _, __, logits: (passes.append(1), torch.full_like(logits, value))[1])
-    for rollout in BuiltinEngine(model, tiny_tokenizer()).generate([[5, 6], [7]], sampling):
+    for rollout in BuiltinEngine(model, tiny_tokenizer()).generate([[5, 6], [7, 8]], sampling):
         assert (rollout.completion_ids, rollout.logprob, rollout.finish_reason) == ((), (), "error")
     assert len(passes) == 1
 
