@@ -27,6 +27,8 @@ class Row:
         differentiable: places of the inputs to differentiate; None means every floating-point tensor,
             () times the forward pass alone.
         slack: error allowed over the baseline's own, relative to the largest true value.
+        check_rows: accuracy is checked on this many rows, the first axis of the shape, where float64 at full
+            size would not fit; None checks at full size.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Row:
     flops: Callable[..., float] | None = None
     differentiable: tuple[int, ...] | None = None
     slack: float = 1e-4
+    check_rows: int | None = None
 
 
 _rows: dict[str, Row] = {}

@@ -1,0 +1,138 @@
+"""How contenders are judged and timed: accuracy first, then interleaved repeats, then peak memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.registry import Row, Shape
+from fastrl.testing import MemoryMeter, ValueAndGrads, double, error, magnitude, value_and_grads
+
+L2_BYTES = 256 << 20  # written between repeats on a GPU, so that no contender finds its inputs in cache
+UNTIMED_CALLS = 2  # compilation, autotuning, allocator
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Wall time of forward plus backward in milliseconds, and memory above the inputs.
+
+    Attributes:
+        median: of all repeats; p10 and p90 beside it.
+        peak_mib: None where it cannot be seen (a compiled function on the CPU).
+    """
+
+    median: float
+    p10: float
+    p90: float
+    repeats: int
+    peak_mib: float | None
+
+
+def relative_error(got: ValueAndGrads, truth: ValueAndGrads) -> float:
+    """Largest error of any value or gradient, relative to that tensor's largest true magnitude (at least 1)."""
+    pairs = zip((*got.values, *got.grads), (*truth.values, *truth.grads), strict=True)
+    return max((error(a, exact) / max(1.0, magnitude(exact)) for a, exact in pairs), default=0.0)
+
+
+def disagreements(row: Row, shape: Shape, *, dtype: torch.dtype, device: str) -> dict[str, float | str]:
+    """Error of every contender against the float64 specification, or the sentence that says why it cannot run."""
+    if row.check_rows is not None:
+        shape = (min(shape[0], row.check_rows), *shape[1:])
+    inputs = row.make_inputs(*shape, dtype=dtype, device=device)
+    truth = value_and_grads(row.spec, *double(inputs), differentiable=row.differentiable)
+    errors: dict[str, float | str] = {}
+    for name, contender in row.contenders.items():
+        try:
+            got = value_and_grads(contender, *inputs, differentiable=row.differentiable)
+        except RuntimeError as reason:
+            errors[name] = str(reason).strip().splitlines()[0]
+        else:
+            errors[name] = relative_error(got, truth)
+    return errors
+
+
+def step(
+    function: Callable[..., Any], inputs: Sequence[Any], differentiable: Sequence[int] | None
+) -> Callable[[], None]:
+    """A call without arguments that runs forward and, where something is differentiable, backward from ones."""
+    chosen = range(len(inputs)) if differentiable is None else differentiable
+    wanted = {i for i in chosen if isinstance(inputs[i], Tensor) and inputs[i].is_floating_point()}
+    leaves = [x.detach().requires_grad_(i in wanted) if isinstance(x, Tensor) else x for i, x in enumerate(inputs)]
+    sources = [leaves[i] for i in sorted(wanted)]
+
+    def run() -> None:
+        outputs = function(*leaves)
+        roots = [y for y in ((outputs,) if isinstance(outputs, Tensor) else outputs) if y.requires_grad]
+        if roots and sources:
+            torch.autograd.grad(roots, sources, [torch.ones_like(y) for y in roots], allow_unused=True)
+
+    return run
+
+
+def timings(
+    row: Row, names: Sequence[str], inputs: Sequence[Any], *, device: str, repeats: int, seconds: float
+) -> dict[str, Timing]:
+    """Time the named contenders `repeats` times in turn, fewer when all together would take longer than `seconds`."""
+    calls = {name: step(row.contenders[name], inputs, row.differentiable) for name in names}
+    for call in calls.values():
+        for _ in range(UNTIMED_CALLS):
+            call()
+    flushed = torch.empty(L2_BYTES if device == "cuda" else 0, dtype=torch.int8, device=device)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    stop = time.perf_counter() + seconds
+    for repeat in range(repeats):
+        # Every contender goes first in turn: what runs before leaves the clock, the cache and the heap as it likes.
+        for name in (*names[repeat % len(names) :], *names[: repeat % len(names)]):
+            flushed.zero_()
+            samples[name].append(_milliseconds(calls[name], device))
+        if repeat >= 2 and time.perf_counter() > stop:
+            break
+    hidden = {name for name in names if device == "cpu" and _is_compiled(row.contenders[name])}
+    return {
+        name: _timing(samples[name], None if name in hidden else _peak_mib(calls[name], device, inputs))
+        for name in names
+    }
+
+
+def _is_compiled(function: Callable[..., Any]) -> bool:
+    """A compiled function runs as plain operators while a dispatch mode watches, so its memory cannot be seen."""
+    return "_torchdynamo_orig_callable" in vars(function) if isinstance(function, FunctionType) else False
+
+
+def _milliseconds(call: Callable[[], None], device: str) -> float:
+    if device != "cuda":
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+def _timing(samples: list[float], peak_mib: float | None) -> Timing:
+    deciles = statistics.quantiles(samples, n=10, method="inclusive")
+    return Timing(statistics.median(samples), deciles[0], deciles[-1], len(samples), peak_mib)
+
+
+def _peak_mib(call: Callable[[], None], device: str, inputs: Sequence[Any]) -> float:
+    """Most memory alive above the inputs during one call."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return float(torch.cuda.max_memory_allocated() - before) / 2**20
+    with MemoryMeter(*(x for x in inputs if isinstance(x, Tensor))) as meter:
+        call()
+    return float(meter.peak_bytes) / 2**20
