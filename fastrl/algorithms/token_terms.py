@@ -122,7 +122,9 @@ def token_metrics(
     if weight is not None:
         found["sampling/importance_sampling_ratio"] = weight
     if batch.sampler_logprob is not None:
-        found["sampling/sampling_logp_difference"] = (old - batch.sampler_logprob).abs()
+        difference = (old - batch.sampler_logprob).abs()
+        found["sampling/sampling_logp_difference"] = difference
+        found["sampling/probability_error"] = difference.exp()
     if batch.ref_logprob is not None:
         found["kl"] = (algorithm.kl.estimator if algorithm.kl else k3)(logprob, batch.ref_logprob)
     return {name: torch.where(shared.trained, x.to(logprob.dtype), 0.0) for name, x in found.items()}

@@ -1,0 +1,86 @@
+"""Accuracy of a model on held-out prompts, with its sampling error."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+from fastrl.report.completions import CompletionsLog, samples_of
+from fastrl.report.log import COMPLETIONS_FILE
+from fastrl.rewards.resolve import resolve_rewards
+from fastrl.rollout.builtin import BuiltinEngine
+from fastrl.rollout.engine import Sampling
+from fastrl.train.collect import Experience, Sampler, collect
+from fastrl.train.config import EvalConfig, OverlongBlock
+from fastrl.train.device import compute_dtype, pick_device
+from fastrl.train.estimate import Estimate, estimate_by_group
+from fastrl.train.model import load_model, load_tokenizer
+from fastrl.train.prompts import load_prompts
+
+
+def run(config: EvalConfig) -> int:
+    """Print what each reward says of the model's completions; write them to `output_dir` when it is given."""
+    experience, names = judge(config)
+    found = totals(experience, names)
+    for name, value in found.items():
+        print(f"{name}: {value}")
+    for name, error in experience.scores.errors.items():
+        print(f"{name} failed on {error.count} completions; the first:\n{error.first}")
+    if config.output_dir is not None:
+        folder = Path(config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        prompts = [prompt.prompt for prompt in experience.prompts]
+        count = len(experience.completions)
+        log = CompletionsLog(folder / COMPLETIONS_FILE)
+        log.write(0, samples_of(prompts, experience.completions, names, experience.scores, count=count))
+        log.close()
+        record = {name: {"mean": e.mean, "standard_error": e.standard_error, "n": e.n} for name, e in found.items()}
+        (folder / "eval.json").write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def judge(config: EvalConfig) -> tuple[Experience, list[str]]:
+    """Sample and score `num_generations` completions of every prompt; also return the rewards' names."""
+    rewards = resolve_rewards(config.reward_funcs)
+    tokenizer = load_tokenizer(
+        config.model_name_or_path, chat_template=config.data.chat_template, trust_remote_code=config.trust_remote_code
+    )
+    prompts = load_prompts(
+        config.eval_dataset,
+        tokenizer,
+        config.data,
+        rewards,
+        max_prompt_length=config.rollout.max_prompt_length,
+        output_dir=config.output_dir,
+    )
+    model = load_model(
+        config.model_name_or_path,
+        dtype=compute_dtype(config.dtype),
+        device=pick_device(config.device),
+        trust_remote_code=config.trust_remote_code,
+    )
+    sampler = Sampler(
+        engine=BuiltinEngine(model, tokenizer, batch_size=config.rollout.batch_size),
+        decode=partial(tokenizer.decode, skip_special_tokens=True),
+        rewards=rewards,
+        sampling=Sampling(
+            max_completion_length=config.max_completion_length,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+        ),
+        num_generations=config.num_generations,
+        seed=config.seed,
+        overlong=OverlongBlock(),
+    )
+    return collect(sampler, prompts, range(len(prompts))), [reward.name for reward in rewards]
+
+
+def totals(experience: Experience, names: list[str]) -> dict[str, Estimate]:
+    """Return the mean of each reward, and of their sum when there are several, clustered by prompt."""
+    group = experience.group.tolist()
+    found = {
+        name: estimate_by_group(values, group) for name, values in zip(names, experience.scores.values, strict=True)
+    }
+    return found if len(names) == 1 else found | {"reward": estimate_by_group(experience.scores.total, group)}

@@ -1,0 +1,92 @@
+"""Everything a run writes while it goes, as one owner: metrics, completions, errors, the panel and the trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fastrl.report.completions import CompletionSample, CompletionsLog
+from fastrl.report.html import write_report
+from fastrl.report.log import COMPLETIONS_FILE, ERRORS_FILE, METRICS_FILE, JsonLines, MetricsLog, log_errors
+from fastrl.report.panel import Panel
+from fastrl.report.trackers import open_tracker
+from fastrl.rewards.score import RewardError
+
+
+class Journal:
+    """Owns a run's log files; opening one on a directory with logs continues them.
+
+    Args:
+        run_dir: the run directory.
+        title: what the panel is headed with.
+        total_steps: steps of the whole run.
+        live: draw the panel on a terminal.
+        trackers: names for `open_tracker`.
+        config: stored by the trackers.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        title: str,
+        total_steps: int,
+        live: bool,
+        trackers: Sequence[str] = (),
+        config: Mapping[str, Any],
+    ) -> None:
+        self.run_dir = run_dir
+        self._metrics = MetricsLog(run_dir / METRICS_FILE)
+        self._completions = CompletionsLog(run_dir / COMPLETIONS_FILE)
+        self._errors = JsonLines(run_dir / ERRORS_FILE)
+        self._trackers = [open_tracker(name, run_dir, config) for name in trackers]
+        self._panel = Panel(title, total_steps=total_steps, live=live)
+
+    def write(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        *,
+        samples: Sequence[CompletionSample] = (),
+        errors: Mapping[str, RewardError] | None = None,
+    ) -> None:
+        """Log one step everywhere."""
+        self._metrics.write(step, metrics)
+        if samples:
+            self._completions.write(step, samples)
+        if errors:
+            log_errors(self._errors, step, errors)
+        for log in self._trackers:
+            log(step, metrics)
+        self._panel.update(step, metrics, samples[0] if samples else None)
+
+    def offsets(self) -> dict[str, int]:
+        """Return the lengths of the files, for a checkpoint; what they count is on the disk."""
+        return {
+            METRICS_FILE: self._metrics.offset,
+            COMPLETIONS_FILE: self._completions.offset,
+            ERRORS_FILE: self._errors.offset,
+        }
+
+    def truncate_to(self, offsets: Mapping[str, int]) -> None:
+        """Forget what was logged after a checkpoint, so that a resumed run writes it again; no offset forgets all."""
+        self._metrics.truncate_to(offsets.get(METRICS_FILE, 0))
+        self._completions.truncate_to(offsets.get(COMPLETIONS_FILE, 0))
+        self._errors.truncate_to(offsets.get(ERRORS_FILE, 0))
+
+    def close(self) -> Path:
+        """Close the files, give the terminal back and write the HTML report; return its path."""
+        self._panel.close()
+        for file in (self._metrics, self._completions, self._errors):
+            file.close()
+        return write_report(self.run_dir)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

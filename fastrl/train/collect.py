@@ -1,0 +1,220 @@
+"""One round of experience: sample groups of completions, judge them, replace groups without signal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl.algorithms.dynamic_sampling import Rounds, after_round, groups_with_signal, missing
+from fastrl.losses.overlong import soft_overlong
+from fastrl.rewards.protocol import Reward
+from fastrl.rewards.score import RewardError, Scores, score
+from fastrl.rollout.engine import Engine, Sampling
+from fastrl.rollout.seeds import request_seed
+from fastrl.train.config import OverlongBlock
+from fastrl.train.order import row_at
+from fastrl.train.prompts import Prompt, columns_of
+from fastrl.types import Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """What turns prompts into judged completions.
+
+    Attributes:
+        engine: samples.
+        decode: token ids -> text, special tokens left out.
+        rewards: judge the text.
+        sampling: how to draw.
+        num_generations: completions per prompt.
+        seed: of the run; with a prompt's ordinal and the sample's number it fixes a completion.
+        overlong: soft punishment added to the reward; a buffer of 0 adds none.
+    """
+
+    engine: Engine
+    decode: Callable[[Sequence[int]], str]
+    rewards: Sequence[Reward]
+    sampling: Sampling
+    num_generations: int
+    seed: int
+    overlong: OverlongBlock
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """Judged completions, group by group.
+
+    Attributes:
+        prompts: [S] the prompt of each completion.
+        rollouts: [S] as the engine made them.
+        completions: [S] text, or one assistant message, as the reward functions saw it.
+        group: [S] int64; completions of one prompt share a number.
+        reward: [S] f32, the weighted sum and the overlong punishment; NaN where there is no verdict or the engine
+            failed: such a completion is no part of its group.
+        scores: what each reward said, their failures and their metrics.
+        seconds: what sampling and judging took, `{"rollout": ..., "reward": ...}`.
+        n_drawn: groups sampled to get these; more than there are here when groups without signal were replaced.
+    """
+
+    prompts: list[Prompt]
+    rollouts: list[Rollout]
+    completions: list[Any]
+    group: Tensor
+    reward: Tensor
+    scores: Scores
+    seconds: dict[str, float]
+    n_drawn: int
+
+
+def collect(sampler: Sampler, prompts: Sequence[Prompt], ordinals: Sequence[int]) -> Experience:
+    """Sample a group of completions per prompt and judge them.
+
+    Args:
+        prompts: one per ordinal.
+        ordinals: place of each prompt in the run, counted over all epochs; also the group's number.
+    """
+    size = sampler.num_generations
+    repeated = [prompt for prompt in prompts for _ in range(size)]
+    seeds = [request_seed(sampler.seed, ordinal, sample) for ordinal in ordinals for sample in range(size)]
+    started = perf_counter()
+    rollouts = sampler.engine.generate([prompt.ids for prompt in repeated], sampler.sampling, seeds=seeds)
+    sampled = perf_counter()
+    completions = [
+        _completion(prompt, sampler.decode(rollout.completion_ids))
+        for prompt, rollout in zip(repeated, rollouts, strict=True)
+    ]
+    scores = score(
+        sampler.rewards,
+        [prompt.prompt for prompt in repeated],
+        completions,
+        [rollout.completion_ids for rollout in rollouts],
+        columns_of(repeated),
+    )
+    return Experience(
+        prompts=repeated,
+        rollouts=rollouts,
+        completions=completions,
+        group=torch.tensor(ordinals, dtype=torch.int64).repeat_interleave(size),
+        reward=_reward(sampler, rollouts, scores),
+        scores=scores,
+        seconds={"rollout": sampled - started, "reward": perf_counter() - sampled},
+        n_drawn=len(prompts),
+    )
+
+
+def collect_round(
+    sampler: Sampler, pool: Sequence[Prompt], *, first_ordinal: int, groups: int, max_rounds: int
+) -> tuple[Experience, int]:
+    """Collect the groups of one round; with `max_rounds`, groups without signal are replaced by further prompts.
+
+    Args:
+        pool: the prompts of the run, visited in an order fixed by the seed.
+        first_ordinal: prompts drawn so far in the run.
+        groups: wanted.
+        max_rounds: extra rounds of sampling; afterwards a batch with fewer groups is taken as it is.
+
+    Returns:
+        The experience, and the ordinal the next round starts from.
+    """
+    ordinal = first_ordinal
+    state = Rounds(wanted=groups, max_rounds=max_rounds)
+    found: list[Experience] = []
+    while True:
+        ordinals = range(ordinal, ordinal + (groups if not found else missing(state)))
+        ordinal = ordinals.stop
+        prompts = [pool[row_at(i, n=len(pool), seed=sampler.seed)] for i in ordinals]
+        experience = collect(sampler, prompts, ordinals)
+        if max_rounds == 0:
+            return experience, ordinal
+        is_kept = groups_with_signal(experience.reward, experience.group)
+        with_signal = len(experience.group[is_kept].unique())
+        state = after_round(state, drawn=len(ordinals), with_signal=with_signal)
+        found.append(_selected(experience, is_kept))
+        if missing(state) == 0:
+            return _joined(found), ordinal
+
+
+def _completion(prompt: Prompt, text: str) -> Any:
+    return text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def _reward(sampler: Sampler, rollouts: Sequence[Rollout], scores: Scores) -> Tensor:
+    reward = torch.tensor([torch.nan if total is None else total for total in scores.total], dtype=torch.float32)
+    has_failed = torch.tensor([rollout.finish_reason == "error" for rollout in rollouts], dtype=torch.bool)
+    reward = torch.where(has_failed, torch.nan, reward)
+    if sampler.overlong.buffer == 0:
+        return reward
+    length = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
+    return reward + soft_overlong(
+        length,
+        limit=sampler.sampling.max_completion_length,
+        buffer=sampler.overlong.buffer,
+        penalty=sampler.overlong.penalty,
+    )
+
+
+def _selected(experience: Experience, is_kept: Tensor) -> Experience:
+    kept, scores = is_kept.tolist(), experience.scores
+    return replace(
+        experience,
+        prompts=list(compress(experience.prompts, kept)),
+        rollouts=list(compress(experience.rollouts, kept)),
+        completions=list(compress(experience.completions, kept)),
+        group=experience.group[is_kept],
+        reward=experience.reward[is_kept],
+        scores=replace(
+            scores,
+            values=tuple(tuple(compress(values, kept)) for values in scores.values),
+            total=tuple(compress(scores.total, kept)),
+            extra={name: list(compress(column, kept)) for name, column in scores.extra.items()},
+        ),
+    )
+
+
+def _joined(parts: Sequence[Experience]) -> Experience:
+    """One experience of several rounds of one step."""
+    return Experience(
+        prompts=[prompt for part in parts for prompt in part.prompts],
+        rollouts=[rollout for part in parts for rollout in part.rollouts],
+        completions=[completion for part in parts for completion in part.completions],
+        group=torch.cat([part.group for part in parts]),
+        reward=torch.cat([part.reward for part in parts]),
+        scores=_joined_scores(parts),
+        seconds={name: sum(part.seconds[name] for part in parts) for name in parts[0].seconds},
+        n_drawn=sum(part.n_drawn for part in parts),
+    )
+
+
+def _joined_scores(parts: Sequence[Experience]) -> Scores:
+    """Values of what was kept; metrics and failures of everything sampled, weighed by groups drawn."""
+    all_scores = [part.scores for part in parts]
+    names = dict.fromkeys(name for scores in all_scores for name in scores.metrics)
+    extras = dict.fromkeys(name for scores in all_scores for name in scores.extra)
+    errors: dict[str, RewardError] = {}
+    for name, error in (item for scores in all_scores for item in scores.errors.items()):
+        earlier = errors.get(name)
+        errors[name] = error if earlier is None else RewardError(earlier.count + error.count, earlier.first)
+    return Scores(
+        values=tuple(
+            tuple(value for values in column for value in values)
+            for column in zip(*(scores.values for scores in all_scores), strict=True)
+        ),
+        total=tuple(total for scores in all_scores for total in scores.total),
+        errors=errors,
+        metrics={name: _drawn_mean(name, parts) for name in names},
+        extra={
+            name: [value for part in parts for value in part.scores.extra.get(name, [None] * len(part.scores.total))]
+            for name in extras
+        },
+    )
+
+
+def _drawn_mean(name: str, parts: Sequence[Experience]) -> float:
+    having = [part for part in parts if name in part.scores.metrics]
+    return sum(part.scores.metrics[name] * part.n_drawn for part in having) / sum(part.n_drawn for part in having)

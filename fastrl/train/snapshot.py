@@ -1,0 +1,69 @@
+"""What a run must remember to go on exactly where it stopped, and how it is put into a checkpoint.
+
+Data order and every sample are functions of (seed, ordinal), so the cursor is one number; nothing draws from a
+global generator. Weights and moments are the optimizer's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from fastrl.train.checkpoint import load_checkpoint, resume_point, save_checkpoint
+from fastrl.train.optimizer import MasterAdamW
+from fastrl.train.run_directory import RunDirectory
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: optimizer steps taken.
+        ordinal: prompts drawn, counted over all epochs; SFT derives its rows from the step.
+        num_tokens: tokens fed to the model in training.
+        kl_coef: adaptive KL coefficient; None when it is fixed.
+    """
+
+    step: int = 0
+    ordinal: int = 0
+    num_tokens: int = 0
+    kl_coef: float | None = None
+
+
+def save(
+    directory: RunDirectory,
+    progress: Progress,
+    optimizer: MasterAdamW,
+    offsets: Mapping[str, int],
+    *,
+    keep: int | None,
+) -> None:
+    """Write `checkpoint-STEP/`, whole or not at all; a step that has one already is not saved again.
+
+    Args:
+        offsets: lengths of the log files, which a resumed run cuts back to.
+        keep: newest checkpoints kept; None keeps all.
+    """
+    if (directory.path / f"checkpoint-{progress.step}").exists():
+        return
+    state = {"progress": asdict(progress), "offsets": dict(offsets)}
+    tensors = {"optimizer": optimizer.state_dict()}
+    save_checkpoint(directory.path, progress.step, tensors=tensors, state=state, keep=keep)
+
+
+def restore(directory: RunDirectory, optimizer: MasterAdamW, *, resume: str | None) -> tuple[Progress, dict[str, int]]:
+    """Load the checkpoint that `resume` means; a fresh start when there is none.
+
+    Args:
+        resume: "auto" for the newest whole one, a checkpoint directory, or None.
+
+    Returns:
+        The progress, and the lengths the log files are cut back to.
+    """
+    checkpoint = resume_point(directory.path, resume)
+    if checkpoint is None:
+        return Progress(), {}
+    tensors, state = load_checkpoint(checkpoint)
+    optimizer.load_state_dict(tensors["optimizer"])
+    return Progress(**state["progress"]), state["offsets"]

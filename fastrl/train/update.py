@@ -1,0 +1,138 @@
+"""One optimizer step over packed micro-batches: forward, loss over the waist, backward, guard, step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastrl.algorithms.policy_gradient import PolicyGradient, policy_loss
+from fastrl.losses.supervised import nll
+from fastrl.ops.linear_cross_entropy import linear_cross_entropy
+from fastrl.ops.linear_token_loss import linear_token_loss
+from fastrl.train.config import KernelsBlock, TrainConfig
+from fastrl.train.metrics import token_means, token_sums
+from fastrl.train.model import hidden_states, model_head
+from fastrl.train.optimizer import MasterAdamW
+from fastrl.train.step import optimizer_step
+from fastrl.types import Head, LossOutput, TokenBatch
+
+# hidden [T, D], head, batch -> loss and metrics of one micro-batch
+BatchLoss = Callable[[Tensor, Head, TokenBatch], LossOutput]
+
+
+def update(
+    model: PreTrainedModel,
+    optimizer: MasterAdamW,
+    batch_loss: BatchLoss,
+    batches: Sequence[TokenBatch],
+    config: TrainConfig,
+    *,
+    temperature: float,
+    lr: float,
+    step: int,
+) -> dict[str, float]:
+    """Accumulate the micro-batches' gradients and take one optimizer step.
+
+    Weights are shares of the whole step, so the losses add and no micro-batch is scaled. A step without a
+    micro-batch (no completion has a gradient) leaves weights and optimizer state alone.
+
+    Args:
+        batch_loss: loss of one micro-batch; it may differentiate inside its forward pass.
+        temperature: divides the logits.
+        step: number of the step, for messages.
+
+    Returns:
+        `loss`, `grad_norm`, `learning_rate`, `skipped_step`, and the mean per trained token of the loss's metrics.
+    """
+    if not batches:
+        return {"loss": 0.0, "grad_norm": 0.0, "learning_rate": lr, "skipped_step": 1.0}
+    pairs: list[tuple[LossOutput, TokenBatch]] = []
+    for batch in batches:
+        output = batch_loss(hidden_states(model, batch), model_head(model, temperature=temperature), batch)
+        output.loss.backward()  # type: ignore[no-untyped-call]
+        pairs.append((LossOutput(output.loss.detach(), output.metrics), batch))  # the graph goes, with its gradients
+    sums = token_sums(pairs)
+    result = optimizer_step(
+        optimizer,
+        sums["loss"],
+        lr=lr,
+        max_grad_norm=config.max_grad_norm,
+        on_nonfinite=config.on_nonfinite,
+        step=step,
+    )
+    means = token_means(sums | {"grad_norm": result.grad_norm.double() * sums["tokens"]})
+    del means["tokens"]
+    return means | {"learning_rate": lr, "skipped_step": float(result.skipped is not None)}
+
+
+def policy_batch_loss(algorithm: PolicyGradient, kernels: KernelsBlock) -> BatchLoss:
+    """The loss of a policy-gradient algorithm, as `update` calls it."""
+
+    def loss(hidden: Tensor, head: Head, batch: TokenBatch) -> LossOutput:
+        return policy_loss(
+            algorithm,
+            hidden,
+            head,
+            batch,
+            chunk_rows=kernels.chunk_rows,
+            skip_tolerance=kernels.skip_tolerance,
+            backend=kernels.backend,
+        )
+
+    return loss
+
+
+def supervised_batch_loss(kernels: KernelsBlock, *, label_smoothing: float) -> BatchLoss:
+    """Cross entropy over trained tokens, as `update` calls it; entropy is logged where it costs nothing."""
+
+    def smoothed(hidden: Tensor, head: Head, batch: TokenBatch) -> LossOutput:
+        loss = linear_cross_entropy(
+            hidden,
+            head.weight,
+            batch.target,
+            token_weight=batch.weight,
+            label_smoothing=label_smoothing,
+            bias=head.bias,
+            temperature=head.temperature,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            chunk_rows=kernels.chunk_rows,
+            backend=kernels.backend,
+        )
+        return LossOutput(loss, {})
+
+    def plain(hidden: Tensor, head: Head, batch: TokenBatch) -> LossOutput:
+        result = linear_token_loss(
+            hidden,
+            head.weight,
+            batch.target,
+            nll,
+            row_weight=batch.weight,
+            skip_tolerance=kernels.skip_tolerance,
+            bias=head.bias,
+            temperature=head.temperature,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            chunk_rows=kernels.chunk_rows,
+            backend=kernels.backend,
+        )
+        return LossOutput(result.loss, {"entropy": result.stats.entropy, "logps": result.stats.logprob})
+
+    return smoothed if label_smoothing > 0 else plain
+
+
+@torch.no_grad()
+def mean_loss(
+    model: PreTrainedModel, batch_loss: BatchLoss, batches: Sequence[TokenBatch], *, temperature: float = 1.0
+) -> dict[str, float]:
+    """Loss and metrics without gradient, for held-out data."""
+    outputs = (
+        (batch_loss(hidden_states(model, batch), model_head(model, temperature=temperature), batch), batch)
+        for batch in batches
+    )
+    means = token_means(token_sums(outputs))
+    del means["tokens"]
+    return means
