@@ -33,6 +33,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
     assert kept([0.125, 0.5, 0.125, 0.25], top_p=0.5) == [1]
     assert kept([0.125, 0.5, 0.125, 0.25], top_p=0.51) == [1, 3]
     assert kept([0.125, 0.5, 0.125, 0.25], top_p=0.8) == [0, 1, 3]  # the tie falls to the lower id
+    assert kept([0.25, 0.25, 0.25, 0.25], top_p=0.5) == [0, 1]  # two reach it exactly
     assert kept([0.125, 0.5, 0.125, 0.25], top_p=1.0) == [0, 1, 2, 3]
     assert kept([0.125, 0.5, 0.125, 0.25], top_p=1e-9) == [1]
 
@@ -95,13 +96,21 @@ def test_draws_follow_the_filtered_distribution():
 
 
 def test_a_large_vocabulary_keeps_its_rare_tokens():
-    """150000 equal tokens: u = (v + 1/2) / V must give v, which sums in float32 do not."""
+    """150000 equal tokens: u = (v + 1/2) / V must give v."""
     v = 150_000
     want = torch.tensor([0, 1, 77_777, v - 2, v - 1])
     u = (want.double() + 0.5) / v
     token, logprob = drawn(torch.zeros(5, v), u)
     assert token.tolist() == want.tolist()
     torch.testing.assert_close(logprob, torch.full((5,), -math.log(v)))
+
+
+def test_a_token_rarer_than_float32_resolves_keeps_its_share():
+    """Probabilities 1 and 1e-9, whose float32 sum is 1: the second token owns u above 1 - 1e-9."""
+    z = torch.tensor([[0.0, math.log(1e-9)]]).expand(2, 2)
+    token, logprob = drawn(z, torch.tensor([1 - 2e-9, 1 - 5e-10], dtype=torch.float64))
+    assert token.tolist() == [0, 1]
+    torch.testing.assert_close(logprob, torch.tensor([0.0, math.log(1e-9)]))
 
 
 def test_greedy_takes_the_best_token_at_temperature_one():
