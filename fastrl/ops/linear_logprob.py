@@ -72,8 +72,8 @@ def linear_logprob(
 
     Gradient: rows whose coefficients are all 0 cost nothing. d weight is summed in float32.
 
-    Cost: 2 N D V operations forward; backward 4 N D V, and 2 N D V more for rows outside the cache. Memory: two
-        chunks of float32 logits, the cache, and a float32 [V, D] in backward.
+    Cost: 2 N D V operations forward; backward 4 N D V, and 2 N D V more for rows outside the cache. Memory: three
+        chunks of float32 logits (four with a cap), the cache, and a float32 [V, D] in backward.
 
     Raises:
         ValueError: shapes, dtypes or ranges that do not fit (target ids are range-checked on CPU only).

@@ -89,8 +89,8 @@ def linear_token_loss(
         (retain_graph), a GradScaler and accumulation see the same numbers. Differentiable once.
 
     Cost: 6 A D V operations for A rows with a weight, less 4 D V for each row without coefficients and 2 N D V for a
-        frozen head or frozen hidden states; 2 A D V when no gradient is wanted. Memory: two chunks of float32
-        logits and a float32 [V, D].
+        frozen head or frozen hidden states; 2 A D V when no gradient is wanted. Memory: three chunks of float32
+        logits (four with a cap) and a float32 [V, D].
 
     Raises:
         ValueError: shapes, dtypes or ranges that do not fit, or a loss_fn that closes over trainable tensors.

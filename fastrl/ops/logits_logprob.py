@@ -47,7 +47,7 @@ def logits_logprob(
         TokenStats of [N] float32 (float64 for float64 logits), each differentiable once.
 
     Cost: reads the logits once in forward and once in backward, which writes their gradient in their dtype; besides
-        it two chunks of float32.
+        it three chunks of float32.
 
     Raises:
         ValueError: shapes, dtypes or ranges that do not fit (target ids are range-checked on CPU only).

@@ -308,3 +308,16 @@ def test_bad_arguments_are_refused_in_one_sentence(change, message):
     good = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(7, 4), "target": torch.zeros(3, dtype=torch.int64)}
     with pytest.raises(ValueError, match=message):
         linear_logprob(**{**good, **change})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory", MEMORY)
+def test_on_a_gpu_values_and_gradients_are_no_worse_than_plain_autograd(dtype, memory):
+    x = linear_logprob_inputs(133, 64, 509, dtype=dtype, device="cuda")
+    assert_no_worse_than(
+        naive=value_and_grads(reference, *x),
+        got=value_and_grads(partial(linear_logprob, backend="torch", **MEMORY[memory]), *x),
+        truth=value_and_grads(reference, *double(x)),
+        slack=1e-4,
+    )

@@ -357,3 +357,17 @@ def test_bad_arguments_are_refused_in_one_sentence(change, message):
     good = {"target": torch.zeros(3, dtype=torch.int64), "loss_fn": nll}
     with pytest.raises(ValueError, match=message):
         linear_token_loss(torch.zeros(3, 4), torch.zeros(7, 4), **{**good, **change})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu_values_and_gradients_are_no_worse_than_plain_autograd(dtype):
+    x = linear_logprob_inputs(133, 64, 509, dtype=dtype, device="cuda")
+    weight = (torch.arange(133, device="cuda") % 3).float() / 133
+    fn = lambda lp, ent, rows: -lp * (rows % 4) - 0.1 * ent  # noqa: E731
+    assert_no_worse_than(
+        naive=value_and_grads(outputs(reference, fn, row_weight=weight), *x),
+        got=value_and_grads(outputs(linear_token_loss, fn, row_weight=weight, backend="torch", chunk_rows=50), *x),
+        truth=value_and_grads(outputs(reference, fn, row_weight=weight), *double(x)),
+        slack=1e-4,
+    )
