@@ -129,9 +129,10 @@ def _prefilled(
     position = torch.tensor([len(prompt) for prompt in prompts], device=device)
     prefilled: list[tuple[slice, DynamicCache, Tensor]] = []
     logits = []
-    for start, different in _passes(prompts):
+    # A model's own mask may leave a padding row nothing to see, which some attentions turn into NaN: no padding then.
+    for start, different in _passes(prompts, 1.0 if made_by_model else PREFILL_LIKENESS):
         repeat = torch.tensor([i for i, (_, n) in enumerate(different) for _ in range(n)], device=device)
-        passed, cache = _feed([prompt for prompt, _ in different], model, made_by_model)
+        passed, cache = _feed([prompt for prompt, _ in different], model)
         logits.append(passed[repeat])
         prefilled.append((slice(start, start + len(repeat)), cache, repeat))
     pad = width - position
@@ -153,32 +154,36 @@ def _prefilled(
     return rows, torch.cat(logits)
 
 
-def _passes(prompts: list[tuple[int, ...]]) -> list[tuple[int, list[tuple[tuple[int, ...], int]]]]:
-    """Cut sorted prompts into forward passes of PREFILL_TOKENS: (first row, [(prompt, times it is repeated)])."""
+def _passes(prompts: list[tuple[int, ...]], likeness: float) -> list[tuple[int, list[tuple[tuple[int, ...], int]]]]:
+    """Cut sorted prompts into forward passes of PREFILL_TOKENS: (first row, [(prompt, times it is repeated)]).
+
+    Args:
+        likeness: least length of a pass's shortest prompt, relative to its longest.
+    """
     passes: list[tuple[int, list[tuple[tuple[int, ...], int]]]] = []
     for row, prompt in enumerate(prompts):
         if row and prompt == prompts[row - 1]:
             last = passes[-1][1]
             last[-1] = (prompt, last[-1][1] + 1)
-        elif passes and _fits(passes[-1][1], prompt):
+        elif passes and _fits(passes[-1][1], prompt, likeness):
             passes[-1][1].append((prompt, 1))
         else:
             passes.append((row, [(prompt, 1)]))
     return passes
 
 
-def _fits(different: list[tuple[tuple[int, ...], int]], prompt: tuple[int, ...]) -> bool:
+def _fits(different: list[tuple[tuple[int, ...], int]], prompt: tuple[int, ...], likeness: float) -> bool:
     is_within_memory = (len(different) + 1) * len(prompt) <= PREFILL_TOKENS
-    return is_within_memory and len(different[0][0]) >= PREFILL_LIKENESS * len(prompt)
+    return is_within_memory and len(different[0][0]) >= likeness * len(prompt)
 
 
-def _feed(prompts: list[tuple[int, ...]], model: PreTrainedModel, made_by_model: bool) -> tuple[Tensor, DynamicCache]:
+def _feed(prompts: list[tuple[int, ...]], model: PreTrainedModel) -> tuple[Tensor, DynamicCache]:
     ids = _left_padded(prompts, model.device)
     width = ids.shape[1]
     pad = torch.tensor([width - len(prompt) for prompt in prompts], device=model.device)
     mask = None
     if len(prompts[0]) < width:
-        mask = prompt_mask(pad, width, model.dtype, made_by_model)
+        mask = prompt_mask(pad, width, model.dtype)
     position = (torch.arange(width, device=model.device) - pad[:, None]).clamp_(min=0)
     cache = DynamicCache()
     output = model(

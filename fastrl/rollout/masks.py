@@ -45,18 +45,16 @@ def is_mask_made_by_model(model: PreTrainedModel) -> bool:
     return True
 
 
-def prompt_mask(pad: Tensor, width: int, dtype: torch.dtype, made_by_model: bool) -> Tensor:
-    """Mask for feeding `width` slots of prompts at once: [U, width] int64 or [U, 1, width, width] additive.
+def prompt_mask(pad: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """[U, 1, width, width] additive mask for feeding `width` slots of prompts at once.
 
     Args:
         pad: [U] number of padding slots on the left.
     """
     slot = torch.arange(width, device=pad.device)
-    visible = slot >= pad[:, None]
-    if made_by_model:
-        return visible.long()
     query, key = slot[:, None], slot[None, :]
-    return _additive((visible[:, None, :] & (key <= query)) | (key == query), dtype)[:, None]
+    visible = (key >= pad[:, None, None]) & (key <= query)
+    return _additive(visible | (key == query), dtype)[:, None]
 
 
 def decoding_mask(pad: Tensor, limit: int, dtype: torch.dtype, made_by_model: bool) -> Tensor:
