@@ -95,7 +95,11 @@ class HeadGradient:
         rounded = gradient.to(hidden.dtype)
         if self.weight is not None:
             addmm_(self.weight, rounded.t(), hidden)
-        if self.hidden is not None:
+        if self.hidden is None:
+            return
+        if isinstance(rows, slice) and self.hidden.dtype == rounded.dtype:
+            torch.mm(rounded, head.weight, out=self.hidden[rows])
+        else:
             self.hidden[rows] = torch.mm(rounded, head.weight).to(self.hidden.dtype)
 
     def settled(
