@@ -24,8 +24,9 @@ def make_tiny_qwen3(
 ) -> Qwen3ForCausalLM:
     """A float32 Qwen3 on the CPU whose weights depend on the arguments alone; the global generators stay untouched.
 
-    Matrices are normal with deviation 0.02, and 0.02 / sqrt(2 layers) where they write into the residual stream
-    (Radford et al. 2019, sec. 2.3); norms are 1.
+    Matrices are normal with deviation 0.5 / sqrt(hidden_size), which is the usual 0.02 at width 625 and lets narrow
+    models learn, and 1 / sqrt(2 layers) of that where they write into the residual stream (Radford et al. 2019,
+    sec. 2.3); norms are 1.
 
     Args:
         intermediate_size: width of the feed-forward layers; None is three times the hidden size.
@@ -47,6 +48,7 @@ def make_tiny_qwen3(
     )
     with torch.random.fork_rng(devices=[]):  # transformers draws its own initial values from the global generator
         model = Qwen3ForCausalLM(config)
+    deviation = 0.5 * hidden_size**-0.5
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -54,6 +56,6 @@ def make_tiny_qwen3(
                 parameter.fill_(1.0)
                 continue
             is_residual_output = name.endswith(("o_proj.weight", "down_proj.weight"))
-            parameter.normal_(0.0, 0.02 / (2 * layers) ** 0.5 if is_residual_output else 0.02, generator=generator)
+            parameter.normal_(0.0, deviation / (2 * layers) ** 0.5 if is_residual_output else deviation, generator=generator)
     use_packed_attention(model, "sdpa")
     return model.eval()  # type: ignore[no-any-return]
