@@ -1,0 +1,145 @@
+"""TRL's side of `bench.grpo_step`: `GRPOTrainer.train()` with the fastest settings for a small model on a CPU.
+
+TRL is imported inside the functions: the rest of the benchmark runs without it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+Reward = Callable[..., list[float]]
+Shape = tuple[int, int, int]  # prompts of a step, completions of each, tokens of each
+
+# How TRL samples without vLLM, which has no place on a CPU beside the trainer.
+MODES: dict[str, dict[str, Any]] = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static"},
+    "continuous": {"use_transformers_continuous_batching": True},
+}
+
+
+class TRLRun(TrainerCallback):  # type: ignore[misc]
+    """Clock of one `train()`; at the begin of every `block`-th step the other contender takes its turn, untimed."""
+
+    def __init__(self, mode: str, *, turn: Callable[[], None], block: int, untimed: int) -> None:
+        self.mode = mode
+        self.turn = turn
+        self.block = block
+        self.untimed = untimed
+        self.times: list[tuple[float, float]] = []  # of each step, milliseconds in all and sampling
+        self.lengths: list[int] = []
+        self.started: float | None = None
+        self.rollout = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop()
+        done = len(self.times) - self.untimed
+        if done >= 0 and done % self.block == 0:
+            self.turn()
+        self.rollout = 0.0
+        self.started = perf_counter()
+
+    def train(
+        self, folder: Path, prompts: Sequence[str], *, reward: Reward, steps: int, shape: Shape
+    ) -> list[tuple[float, float]]:
+        """Train `steps` steps; return for each the milliseconds in all and those spent sampling."""
+
+        def counted(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
+            self.lengths += map(len, completion_ids)
+            return reward(**columns)
+
+        trainer = _trainer(folder, prompts, counted, steps=steps, shape=shape, logging_steps=10, mode=self.mode)
+        trainer.add_callback(self)
+        for name in ("generate", "generate_batch"):
+            setattr(trainer.model, name, self._timed(getattr(trainer.model, name)))
+        trainer.train()
+        return self.times
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The last step has no successor whose begin could end it.
+        if state.global_step == state.max_steps:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self.started is not None:
+            self.times.append((1e3 * (perf_counter() - self.started), 1e3 * self.rollout))
+        self.started = None
+
+    def _timed(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = perf_counter()
+            output = generate(*args, **kwargs)
+            self.rollout += perf_counter() - started
+            return output
+
+        return timed
+
+
+def trl_first_step(
+    folder: Path, prompts: Sequence[str], completions: Sequence[tuple[int, ...]], *, reward: Reward, shape: Shape
+) -> dict[str, float]:
+    """What TRL logs for one step on given completions of the first batch, group by group."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is the one public way to hand completions in
+
+    def given(asked: list[str], trainer: Any) -> dict[str, Any]:
+        groups, generations, _ = shape
+        if asked != [prompt for prompt in prompts[:groups] for _ in range(generations)]:
+            raise RuntimeError(f"TRL visits other prompts than fastrl: {asked[::generations]}")
+        prompt_ids = [trainer.processing_class(prompt)["input_ids"] for prompt in asked]
+        return {"prompt_ids": prompt_ids, "completion_ids": [list(ids) for ids in completions], "logprobs": None}
+
+    trainer = _trainer(
+        folder, prompts, reward, steps=1, shape=shape, logging_steps=1, mode="dynamic", rollout_func=given
+    )
+    trainer.train()
+    logged: dict[str, float] = trainer.state.log_history[0]
+    return logged
+
+
+def _trainer(
+    folder: Path,
+    prompts: Sequence[str],
+    reward: Reward,
+    *,
+    steps: int,
+    shape: Shape,
+    logging_steps: int,
+    mode: str,
+    rollout_func: Any = None,
+) -> Any:
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    groups, generations, length = shape
+    config = GRPOConfig(
+        output_dir=str(folder / "trl"),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=groups * generations,
+        num_generations=generations,
+        max_completion_length=length,
+        max_steps=steps,
+        learning_rate=1e-5,
+        shuffle_dataset=False,  # the prompts come in fastrl's order
+        logging_steps=logging_steps,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **MODES[mode],
+    )
+    return GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder / "model"),
+        reward_funcs=reward,
+        args=config,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+        rollout_func=rollout_func,
+    )
