@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +23,11 @@ from fastrl.train.prompts import load_prompts
 def run(config: EvalConfig) -> int:
     """Print what each reward says of the model's completions; write them to `output_dir` when it is given."""
     experience, names = judge(config)
+    for name, error in experience.scores.errors.items():
+        print(f"{name} failed on {error.count} completions; the first:\n{error.first}", file=sys.stderr)
     found = totals(experience, names)
     for name, value in found.items():
         print(f"{name}: {value}")
-    for name, error in experience.scores.errors.items():
-        print(f"{name} failed on {error.count} completions; the first:\n{error.first}")
     if config.output_dir is not None:
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)

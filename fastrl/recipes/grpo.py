@@ -7,69 +7,37 @@ no reference model; completions without gradient never reach the backbone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from math import ceil
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrl.algorithms.control import AdaptiveKL, adapted, exceeds_target_kl
 from fastrl.algorithms.policy_gradient import PolicyGradient
-from fastrl.report.completions import CompletionSample, samples_of
+from fastrl.report.completions import samples_of
 from fastrl.report.journal import Journal
+from fastrl.report.preview import completion_rows, print_table
 from fastrl.rewards.resolve import resolve_rewards
-from fastrl.rollout.builtin import BuiltinEngine
-from fastrl.rollout.engine import Sampling
 from fastrl.train.algorithm import algorithm_from
-from fastrl.train.collect import Experience, Sampler, collect, collect_round
+from fastrl.train.collect import Experience, collect, collect_round
 from fastrl.train.config import GRPOConfig
-from fastrl.train.device import compute_dtype, peak_gib, pick_device
+from fastrl.train.device import peak_gib
+from fastrl.train.environment import write_environment
 from fastrl.train.estimate import estimate_by_group
 from fastrl.train.experience_metrics import experience_metrics
 from fastrl.train.export import save_pretrained
 from fastrl.train.guards import check_probability_error
 from fastrl.train.interrupt import EXIT_INTERRUPTED
-from fastrl.train.model import load_model, load_tokenizer
-from fastrl.train.optimizer import MasterAdamW
+from fastrl.train.model import load_tokenizer
+from fastrl.train.policy_setup import Setup, model_of, prompts_of, sampler_of, set_up
 from fastrl.train.prepare import StepSequences, cut_into_steps, prepare
-from fastrl.train.prompts import Prompt, load_prompts
 from fastrl.train.run_directory import open_run_directory
 from fastrl.train.schedule import learning_rate_at, warmup_length
 from fastrl.train.snapshot import Progress, restore, save
 from fastrl.train.update import policy_batch_loss, update
 from fastrl.types import TokenBatch
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """What a run computes with; made once, before the first round.
-
-    Attributes:
-        prompts: the pool that rounds draw from.
-        held_out: prompts for evaluation; may be empty.
-        algorithm: the record of choices.
-        policy: the model that is trained.
-        reference: its frozen start; None when the algorithm has no KL.
-        optimizer: owns the policy's master weights.
-        sampler: engine, rewards and sampling parameters.
-        groups: prompts of one round.
-        total_steps: optimizer steps of the whole run.
-    """
-
-    prompts: list[Prompt]
-    held_out: list[Prompt]
-    algorithm: PolicyGradient
-    policy: PreTrainedModel
-    reference: PreTrainedModel | None
-    optimizer: MasterAdamW
-    sampler: Sampler
-    groups: int
-    total_steps: int
 
 
 def run(config: GRPOConfig) -> int:
@@ -84,6 +52,7 @@ def run(config: GRPOConfig) -> int:
             trust_remote_code=config.trust_remote_code,
         )
         setup = set_up(config, tokenizer)
+        write_environment(directory.path, setup.policy.device)
         journal = Journal(
             directory.path,
             title=f"fastrl grpo ({config.parity or config.algorithm})",
@@ -96,7 +65,9 @@ def run(config: GRPOConfig) -> int:
             progress, offsets = restore(directory, setup.optimizer, resume=config.resume_from_checkpoint)
             journal.truncate_to(offsets)
             while progress.step < setup.total_steps:
+                first, started = progress.step, perf_counter()
                 setup.sampler.engine.load_weights(setup.policy, progress.step)
+                synced = perf_counter() - started
                 experience, ordinal = collect_round(
                     setup.sampler,
                     setup.prompts,
@@ -108,7 +79,7 @@ def run(config: GRPOConfig) -> int:
                     # This round has taught nothing yet: the resumed run samples it again, alike.
                     save(directory, progress, setup.optimizer, journal.offsets(), keep=config.save_total_limit)
                     return EXIT_INTERRUPTED
-                first = progress.step
+                experience = replace(experience, seconds=experience.seconds | {"sync": synced})
                 progress = learn(config, setup, journal, experience, replace(progress, ordinal=ordinal))
                 is_last = progress.step >= setup.total_steps
                 if setup.held_out and (is_last or _crossed(first, progress.step, config.eval_steps)):
@@ -123,65 +94,40 @@ def run(config: GRPOConfig) -> int:
     return 0
 
 
-def set_up(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> Setup:
-    """Check the data, then load the models; what can be refused is refused before a weight is read."""
+def dry_run(config: GRPOConfig) -> int:
+    """Sample two completions of two prompts, judge and print them; train nothing, write nothing.
+
+    Returns:
+        0, or 1 when a reward failed, with its first traceback printed.
+    """
+    tokenizer = load_tokenizer(
+        config.model_name_or_path, chat_template=config.data.chat_template, trust_remote_code=config.trust_remote_code
+    )
     algorithm = algorithm_from(config)
     rewards = resolve_rewards(config.reward_funcs, config.reward_weights)
-    load = partial(
-        load_prompts,
-        tokenizer=tokenizer,
-        data=config.data,
-        rewards=rewards,
-        max_prompt_length=config.rollout.max_prompt_length,
-        output_dir=config.output_dir,
+    prompts = prompts_of(config, tokenizer, rewards, config.train_dataset, output_dir=None)
+    sampler = replace(
+        sampler_of(config, model_of(config), tokenizer, rewards), num_generations=min(2, config.num_generations)
     )
-    prompts = load(config.train_dataset)
-    held_out = load(config.eval_dataset) if config.eval_dataset else []
-    device = pick_device(config.device)
-    load_one = partial(
-        load_model,
-        config.model_name_or_path,
-        dtype=compute_dtype(config.dtype),
-        device=device,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
+    found = collect(sampler, prompts[:2], range(len(prompts[:2])))
+    names = [reward.name for reward in rewards]
+    samples = samples_of(
+        [prompt.prompt for prompt in found.prompts], found.completions, names, found.scores, count=len(found.rollouts)
     )
-    policy = load_one(gradient_checkpointing=config.gradient_checkpointing)
-    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    groups = batch_size * config.steps_per_generation // config.num_generations
-    rounds = ceil(config.num_train_epochs * len(prompts) / groups)
-    return Setup(
-        prompts=prompts,
-        held_out=held_out,
-        algorithm=algorithm,
-        policy=policy,
-        reference=load_one().requires_grad_(False) if algorithm.kl is not None else None,
-        optimizer=MasterAdamW(
-            policy,
-            betas=(config.adam_beta1, config.adam_beta2),
-            epsilon=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-        ),
-        sampler=Sampler(
-            engine=BuiltinEngine(policy, tokenizer, batch_size=config.rollout.batch_size),
-            decode=partial(tokenizer.decode, skip_special_tokens=True),
-            rewards=rewards,
-            sampling=sampling_of(config),
-            num_generations=config.num_generations,
-            seed=config.seed,
-            overlong=config.overlong,
-        ),
-        groups=groups,
-        total_steps=config.max_steps
-        if config.max_steps > 0
-        else rounds * config.steps_per_generation * config.num_iterations,
-    )
+    texts = [(tokenizer.decode(each.prompt_ids), tokenizer.decode(each.completion_ids)) for each in found.rollouts]
+    facts = [(rollout.finish_reason, len(rollout.completion_ids)) for rollout in found.rollouts]
+    print(algorithm)
+    print_table(f"{len(prompts)} prompts; two of them", *completion_rows(samples, texts, facts))
+    for name, error in found.scores.errors.items():
+        print(f"{name} failed on {error.count} completions; the first:\n{error.first}")
+    return 1 if found.scores.errors else 0
 
 
 def learn(config: GRPOConfig, setup: Setup, journal: Journal, experience: Experience, progress: Progress) -> Progress:
     """Take the optimizer steps of one round and log them; return the progress after them."""
     algorithm = _steered(setup.algorithm, progress)
     advantage = algorithm.advantage(experience.reward, experience.group)
+    started = perf_counter()
     steps = cut_into_steps(
         algorithm,
         experience.rollouts,
@@ -192,12 +138,25 @@ def learn(config: GRPOConfig, setup: Setup, journal: Journal, experience: Experi
         keep_denominator=config.keep_masked_denominator,
         steps=config.steps_per_generation,
     )
-    started = perf_counter()
     batches = [_prepared(config, setup, algorithm, step) for step in steps]
-    of_round = experience_metrics(experience) | {"time/logprob": perf_counter() - started}
-    samples, errors = _samples(config, setup, experience, advantage.tolist()), experience.scores.errors
-    updates = config.num_iterations * list(zip(steps, batches, strict=True))
-    for step, step_batches in updates[: setup.total_steps - progress.step]:
+    experience = replace(experience, seconds=experience.seconds | {"logprob": perf_counter() - started})
+    updates = (config.num_iterations * list(zip(steps, batches, strict=True)))[: setup.total_steps - progress.step]
+    n_tokens = sum(step.n_tokens for step in steps)
+    progress = replace(progress, num_tokens=progress.num_tokens + n_tokens)
+    of_round = experience_metrics(experience, updates=len(updates)) | {
+        "epoch": progress.ordinal / len(setup.prompts),
+        "num_tokens": progress.num_tokens,
+    }
+    samples = samples_of(
+        [prompt.prompt for prompt in experience.prompts],
+        experience.completions,
+        [reward.name for reward in setup.sampler.rewards],
+        experience.scores,
+        count=config.report.log_completions,
+        advantages=advantage.tolist(),
+    )
+    journal.write_errors(progress.step + 1, experience.scores.errors)
+    for index, (step, step_batches) in enumerate(updates):
         started = perf_counter()
         metrics = update(
             setup.policy,
@@ -209,14 +168,15 @@ def learn(config: GRPOConfig, setup: Setup, journal: Journal, experience: Experi
             lr=_learning_rate(config, setup, progress),
             step=progress.step + 1,
         )
-        if step is steps[0] and samples and draws_from_the_policy(config):
-            check_probability_error(metrics.get("sampling/probability_error", 1.0), step=progress.step + 1)
-        progress = _advanced(config, progress, metrics, step, step_batches)
+        if index == 0 and not metrics["skipped_step"] and draws_from_the_policy(config):
+            check_probability_error(metrics["sampling/probability_error"], step=progress.step + 1)
+        progress = _advanced(config, setup, progress, metrics, step)
         algorithm = _steered(setup.algorithm, progress)
-        metrics = of_round | metrics | _speed(setup, of_round, step, len(updates), perf_counter() - started, progress)
+        metrics = of_round | metrics | {"time/train": perf_counter() - started}
+        metrics |= _speed(metrics, n_tokens / len(updates), step, progress, setup.policy.device)
         if progress.step % config.logging_steps == 0 or progress.step >= setup.total_steps:
-            journal.write(progress.step, metrics, samples=samples, errors=errors)
-            samples, errors = [], {}
+            journal.write(progress.step, metrics, samples)
+            samples = []
         if exceeds_target_kl(metrics.get("approx_kl", 0.0), config.target_kl):
             break
     return progress
@@ -225,26 +185,14 @@ def learn(config: GRPOConfig, setup: Setup, journal: Journal, experience: Experi
 def evaluate(setup: Setup, journal: Journal, progress: Progress) -> None:
     """Sample the held-out prompts once each, always with the same seeds, and log what they earn."""
     sampler = replace(setup.sampler, num_generations=1, seed=setup.sampler.seed + 1)
-    experience = collect(sampler, setup.held_out, range(len(setup.held_out)))
-    found = estimate_by_group(experience.reward.tolist(), experience.group.tolist())
-    metrics = {"eval/reward": found.mean, "eval/reward_standard_error": found.standard_error}
-    metrics |= {
-        f"eval/{name}": value for name, value in experience.scores.metrics.items() if name.startswith("rewards/")
-    }
-    journal.write(progress.step, metrics, errors=experience.scores.errors)
-
-
-def sampling_of(config: GRPOConfig) -> Sampling:
-    """Return the run's sampling parameters."""
-    return Sampling(
-        max_completion_length=config.max_completion_length,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        min_p=config.min_p,
-        repetition_penalty=config.repetition_penalty,
-        stop=config.stop,
-    )
+    sampler.engine.load_weights(setup.policy, progress.step)
+    found = collect(sampler, setup.held_out, range(len(setup.held_out)))
+    metrics = {f"eval/{name}": value for name, value in found.scores.metrics.items() if name.startswith("rewards/")}
+    if bool(found.reward.isfinite().any()):
+        reward = estimate_by_group(found.scores.total, found.group.tolist())
+        metrics |= {"eval/reward": reward.mean, "eval/reward_standard_error": reward.standard_error}
+    journal.write(progress.step, metrics)
+    journal.write_errors(progress.step, found.scores.errors)
 
 
 def draws_from_the_policy(config: GRPOConfig) -> bool:
@@ -260,7 +208,7 @@ def _prepared(config: GRPOConfig, setup: Setup, algorithm: PolicyGradient, step:
         reference=setup.reference,
         temperature=config.temperature,
         token_budget=config.packing.token_budget,
-        chunk_rows=config.kernels.chunk_rows,
+        kernels=config.kernels,
         needs_old=config.steps_per_generation * config.num_iterations > 1,
     )
 
@@ -278,20 +226,14 @@ def _steered(algorithm: PolicyGradient, progress: Progress) -> PolicyGradient:
 
 
 def _advanced(
-    config: GRPOConfig,
-    progress: Progress,
-    metrics: dict[str, float],
-    step: StepSequences,
-    batches: Sequence[TokenBatch],
+    config: GRPOConfig, setup: Setup, progress: Progress, metrics: dict[str, float], step: StepSequences
 ) -> Progress:
-    tokens = sum(len(batch.target) for batch in batches)
-    progress = replace(progress, step=progress.step + 1, num_tokens=progress.num_tokens + tokens)
-    if config.adaptive_kl_target is None or "kl" not in metrics:
-        return progress
-    coef = progress.kl_coef if progress.kl_coef is not None else config.beta
-    assert coef is not None, "validation refuses adaptive_kl_target without beta"
-    controller = AdaptiveKL(coef, config.adaptive_kl_target)
-    return replace(progress, kl_coef=adapted(controller, metrics["kl"], samples=step.n_sequences).coef)
+    """The progress after an update; a skipped one leaves the adaptive KL coefficient alone, it measured nothing."""
+    kl, coef = setup.algorithm.kl, progress.kl_coef
+    if config.adaptive_kl_target is not None and kl is not None and not metrics["skipped_step"]:
+        controller = AdaptiveKL(kl.coef if coef is None else coef, config.adaptive_kl_target)
+        coef = adapted(controller, metrics["kl"], samples=step.n_sequences).coef
+    return replace(progress, step=progress.step + 1, kl_coef=coef)
 
 
 def _learning_rate(config: GRPOConfig, setup: Setup, progress: Progress) -> float:
@@ -307,32 +249,17 @@ def _learning_rate(config: GRPOConfig, setup: Setup, progress: Progress) -> floa
 
 
 def _speed(
-    setup: Setup, of_round: dict[str, float], step: StepSequences, updates: int, seconds: float, progress: Progress
+    metrics: dict[str, float], n_tokens: float, step: StepSequences, progress: Progress, device: torch.device
 ) -> dict[str, float]:
-    """Time and size of one step; the round's sampling is spread evenly over its updates."""
-    share = sum(value for name, value in of_round.items() if name.startswith("time/")) / updates
+    """Time and size of one update; n_tokens is its share of the tokens that the round sampled and fed."""
+    seconds = sum(value for name, value in metrics.items() if name.startswith("time/"))
     speed = {
-        "time/train": seconds,
-        "step_time": seconds + share,
-        "tokens_per_second": step.n_tokens / (seconds + share),
-        "memory/peak_gib": peak_gib(setup.policy.device),
-        "num_tokens": progress.num_tokens,
+        "step_time": seconds,
+        "tokens_per_second": n_tokens / seconds,
+        "memory/peak_gib": peak_gib(device),
         "trained_sequences": len(step.sequences) / max(1, step.n_sequences),
     }
     return speed if progress.kl_coef is None else speed | {"kl_coef": progress.kl_coef}
-
-
-def _samples(
-    config: GRPOConfig, setup: Setup, experience: Experience, advantages: list[float]
-) -> list[CompletionSample]:
-    return samples_of(
-        [prompt.prompt for prompt in experience.prompts],
-        experience.completions,
-        [reward.name for reward in setup.sampler.rewards],
-        experience.scores,
-        count=config.report.log_completions,
-        advantages=advantages,
-    )
 
 
 def _crossed(before: int, after: int, every: int | None) -> bool:

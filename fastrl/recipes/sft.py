@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 from time import perf_counter
@@ -11,8 +12,10 @@ import torch
 
 from fastrl.data.pack import pack
 from fastrl.report.journal import Journal
+from fastrl.report.preview import print_table
 from fastrl.train.config import SFTConfig
 from fastrl.train.device import compute_dtype, peak_gib, pick_device
+from fastrl.train.environment import write_environment
 from fastrl.train.export import save_pretrained
 from fastrl.train.interrupt import EXIT_INTERRUPTED
 from fastrl.train.model import load_model, load_tokenizer
@@ -33,15 +36,18 @@ def run(config: SFTConfig) -> int:
     Writes metrics.jsonl, report.html, checkpoint-N/ and model/ (Hugging Face layout) under `output_dir`.
     """
     device = pick_device(config.device)
-    tokenizer = load_tokenizer(
-        config.model_name_or_path, chat_template=config.data.chat_template, trust_remote_code=config.trust_remote_code
-    )
-    train = load_examples(config.train_dataset, tokenizer, config)
-    held_out = load_examples(config.eval_dataset, tokenizer, config).rows if config.eval_dataset else []
-    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    end = _rows_to_visit(config, len(train.rows), batch_size)
-    total_steps = ceil(end / batch_size)
     with open_run_directory(config.output_dir, asdict(config), resume=config.resume_from_checkpoint) as directory:
+        tokenizer = load_tokenizer(
+            config.model_name_or_path,
+            chat_template=config.data.chat_template,
+            trust_remote_code=config.trust_remote_code,
+        )
+        load = partial(load_examples, tokenizer=tokenizer, config=config, output_dir=config.output_dir)
+        train = load(config.train_dataset)
+        held_out = load(config.eval_dataset).rows if config.eval_dataset else []
+        batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        end = _rows_to_visit(config, len(train.rows), batch_size)
+        total_steps = ceil(end / batch_size)
         model = load_model(
             config.model_name_or_path,
             dtype=compute_dtype(config.dtype),
@@ -56,6 +62,7 @@ def run(config: SFTConfig) -> int:
             epsilon=config.adam_epsilon,
             weight_decay=config.weight_decay,
         )
+        write_environment(directory.path, device)
         journal = Journal(
             directory.path,
             title="fastrl sft",
@@ -85,26 +92,26 @@ def run(config: SFTConfig) -> int:
                 metrics = update(
                     model, optimizer, batch_loss, batches, config, temperature=1.0, lr=rate, step=state.step + 1
                 )
-                tokens = sum(len(batch.target) for batch in batches)
+                tokens = sum(len(row.ids) for row in rows)
                 state = replace(state, step=state.step + 1, num_tokens=state.num_tokens + tokens)
                 seconds = perf_counter() - started
                 metrics |= {
                     "num_tokens": state.num_tokens,
-                    "epoch": state.step * batch_size / len(train.rows),
+                    "epoch": ordinals.stop / len(train.rows),
                     "step_time": seconds,
                     "tokens_per_second": tokens / seconds,
                     "memory/peak_gib": peak_gib(device),
                     "truncated_rows": train.n_truncated,
                 }
-                is_last = state.step == total_steps or directory.interrupted()
+                is_last = state.step == total_steps
+                if is_last or state.step % config.logging_steps == 0:
+                    journal.write(state.step, metrics)
                 if held_out and (is_last or (config.eval_steps and state.step % config.eval_steps == 0)):
                     evaluated = mean_loss(
                         model, batch_loss, packed(held_out, token_budget=config.packing.token_budget, device=device)
                     )
-                    metrics |= {f"eval/{name}": value for name, value in evaluated.items()}
-                if is_last or state.step % config.logging_steps == 0:
-                    journal.write(state.step, metrics)
-                if is_last or state.step % config.save_steps == 0:
+                    journal.write(state.step, {f"eval/{name}": value for name, value in evaluated.items()})
+                if is_last or directory.interrupted() or state.step % config.save_steps == 0:
                     save(directory, state, optimizer, journal.offsets(), keep=config.save_total_limit)
                 if directory.interrupted():
                     return EXIT_INTERRUPTED
@@ -115,16 +122,11 @@ def run(config: SFTConfig) -> int:
 
 def dry_run(config: SFTConfig) -> int:
     """Print how two rows are tokenised and which tokens train; nothing is loaded beside the tokenizer."""
-    from rich.console import Console
-    from rich.table import Table
-
     tokenizer = load_tokenizer(
         config.model_name_or_path, chat_template=config.data.chat_template, trust_remote_code=config.trust_remote_code
     )
-    examples = load_examples(config.train_dataset, tokenizer, config)
-    table = Table(title=f"{len(examples.rows)} rows; two of them", show_lines=True)
-    for name in ("fed, not trained", "trained", "tokens", "trained tokens"):
-        table.add_column(name)
+    examples = load_examples(config.train_dataset, tokenizer, config, output_dir=None)
+    rows = []
     for example in examples.rows[:2]:
         parts = [
             tokenizer.decode(
@@ -132,8 +134,9 @@ def dry_run(config: SFTConfig) -> int:
             )
             for on in (False, True)
         ]
-        table.add_row(*map(ascii, parts), str(len(example.ids)), str(sum(example.is_trained)))
-    Console().print(table)
+        rows.append([*map(repr, parts), str(len(example.ids)), str(sum(example.is_trained))])
+    header = ("fed, not trained", "trained", "tokens", "trained tokens")
+    print_table(f"{len(examples.rows)} rows; two of them", header, rows)
     return 0
 
 

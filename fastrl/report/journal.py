@@ -48,19 +48,19 @@ class Journal:
         self,
         step: int,
         metrics: Mapping[str, float],
-        *,
         samples: Sequence[CompletionSample] = (),
-        errors: Mapping[str, RewardError] | None = None,
     ) -> None:
         """Log one step everywhere."""
         self._metrics.write(step, metrics)
         if samples:
             self._completions.write(step, samples)
-        if errors:
-            log_errors(self._errors, step, errors)
         for log in self._trackers:
             log(step, metrics)
         self._panel.update(step, metrics, samples[0] if samples else None)
+
+    def write_errors(self, step: int, errors: Mapping[str, RewardError]) -> None:
+        """Log the failures of a step's rewards, whether or not its metrics are logged."""
+        log_errors(self._errors, step, errors)
 
     def offsets(self) -> dict[str, int]:
         """Return the lengths of the files, for a checkpoint; what they count is on the disk."""
@@ -76,12 +76,13 @@ class Journal:
         self._completions.truncate_to(offsets.get(COMPLETIONS_FILE, 0))
         self._errors.truncate_to(offsets.get(ERRORS_FILE, 0))
 
-    def close(self) -> Path:
-        """Close the files, give the terminal back and write the HTML report; return its path."""
+    def close(self) -> None:
+        """Close the files, give the terminal back and, when a step was logged, write the HTML report."""
         self._panel.close()
         for file in (self._metrics, self._completions, self._errors):
             file.close()
-        return write_report(self.run_dir)
+        if (self.run_dir / METRICS_FILE).stat().st_size > 0:
+            write_report(self.run_dir)
 
     def __enter__(self) -> Journal:
         return self

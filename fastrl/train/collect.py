@@ -57,7 +57,7 @@ class Experience:
         group: [S] int64; completions of one prompt share a number.
         reward: [S] f32, the weighted sum and the overlong punishment; NaN where there is no verdict or the engine
             failed: such a completion is no part of its group.
-        scores: what each reward said, their failures and their metrics.
+        scores: what each reward said, their failures and their metrics; `total` is `reward`, with None for NaN.
         seconds: what sampling and judging took, `{"rollout": ..., "reward": ...}`.
         n_drawn: groups sampled to get these; more than there are here when groups without signal were replaced.
     """
@@ -89,19 +89,13 @@ def collect(sampler: Sampler, prompts: Sequence[Prompt], ordinals: Sequence[int]
         _completion(prompt, sampler.decode(rollout.completion_ids))
         for prompt, rollout in zip(repeated, rollouts, strict=True)
     ]
-    scores = score(
-        sampler.rewards,
-        [prompt.prompt for prompt in repeated],
-        completions,
-        [rollout.completion_ids for rollout in rollouts],
-        columns_of(repeated),
-    )
+    scores = _with_punishment(sampler, rollouts, _judged(sampler, repeated, rollouts, completions))
     return Experience(
         prompts=repeated,
         rollouts=rollouts,
         completions=completions,
         group=torch.tensor(ordinals, dtype=torch.int64).repeat_interleave(size),
-        reward=_reward(sampler, rollouts, scores),
+        reward=torch.tensor([torch.nan if total is None else total for total in scores.total], dtype=torch.float32),
         scores=scores,
         seconds={"rollout": sampled - started, "reward": perf_counter() - sampled},
         n_drawn=len(prompts),
@@ -144,19 +138,45 @@ def _completion(prompt: Prompt, text: str) -> Any:
     return text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}]
 
 
-def _reward(sampler: Sampler, rollouts: Sequence[Rollout], scores: Scores) -> Tensor:
-    reward = torch.tensor([torch.nan if total is None else total for total in scores.total], dtype=torch.float32)
-    has_failed = torch.tensor([rollout.finish_reason == "error" for rollout in rollouts], dtype=torch.bool)
-    reward = torch.where(has_failed, torch.nan, reward)
+def _judged(
+    sampler: Sampler, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], completions: Sequence[Any]
+) -> Scores:
+    """The scores of a batch; rollouts that the engine failed on are shown to no reward and have no value."""
+    is_whole = [rollout.finish_reason != "error" for rollout in rollouts]
+    whole = list(compress(prompts, is_whole))
+    scores = score(
+        sampler.rewards,
+        [prompt.prompt for prompt in whole],
+        list(compress(completions, is_whole)),
+        [rollout.completion_ids for rollout in compress(rollouts, is_whole)],
+        columns_of(whole),
+    )
+    return replace(
+        scores,
+        values=tuple(_spread(values, is_whole) for values in scores.values),
+        total=_spread(scores.total, is_whole),
+        extra={name: _spread(column, is_whole) for name, column in scores.extra.items()},
+    )
+
+
+def _spread(values: Sequence[Any], is_whole: Sequence[bool]) -> tuple[Any, ...]:
+    """One value per rollout, None for those that were not judged."""
+    remaining = iter(values)
+    return tuple(next(remaining) if is_one else None for is_one in is_whole)
+
+
+def _with_punishment(sampler: Sampler, rollouts: Sequence[Rollout], scores: Scores) -> Scores:
+    """The scores with DAPO's soft overlong punishment in every total that there is."""
     if sampler.overlong.buffer == 0:
-        return reward
-    length = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
-    return reward + soft_overlong(
-        length,
+        return scores
+    punishment = soft_overlong(
+        torch.tensor([len(rollout.completion_ids) for rollout in rollouts]),
         limit=sampler.sampling.max_completion_length,
         buffer=sampler.overlong.buffer,
         penalty=sampler.overlong.penalty,
-    )
+    ).tolist()
+    total = [None if value is None else value + less for value, less in zip(scores.total, punishment, strict=True)]
+    return replace(scores, total=tuple(total))
 
 
 def _selected(experience: Experience, is_kept: Tensor) -> Experience:

@@ -8,15 +8,19 @@ from torch import Tensor
 from fastrl.train.collect import Experience
 
 
-def experience_metrics(experience: Experience) -> dict[str, float]:
+def experience_metrics(experience: Experience, *, updates: int) -> dict[str, float]:
     """Describe rewards, lengths and groups of a round.
 
     `reward_std` is the sample deviation over the round, and `frac_reward_zero_std` the share of completions in groups
     whose rewards are all equal, as TRL logs them. Completions without a verdict count in neither.
+
+    Args:
+        updates: optimizer steps that the round is learned in; each is charged an equal share of the round's seconds.
     """
     metrics = dict(experience.scores.metrics)
     judged = experience.reward.isfinite()
-    metrics |= {"sampling/error_rate": _mean((~judged).double())}
+    if len(judged):
+        metrics["sampling/error_rate"] = _mean((~judged).double())
     if bool(judged.any()):
         reward = experience.reward[judged].double()
         metrics |= {
@@ -35,7 +39,7 @@ def experience_metrics(experience: Experience) -> dict[str, float]:
         metrics |= _lengths("completions", "_terminated", lengths[is_stopped])
     n_groups = len(experience.group.unique())
     metrics["dynamic_sampling/waste"] = 1 - n_groups / experience.n_drawn
-    return metrics | {f"time/{name}": seconds for name, seconds in experience.seconds.items()}
+    return metrics | {f"time/{name}": seconds / updates for name, seconds in experience.seconds.items()}
 
 
 def _lengths(prefix: str, suffix: str, lengths: Tensor) -> dict[str, float]:

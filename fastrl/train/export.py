@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastrl.train.durable import write_directory
+from fastrl.train.progress_bars import without_progress_bars
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +36,8 @@ def save_pretrained(
         original = model.generation_config
         model.generation_config = _served(original, tokenizer.eos_token_id) if original is not None else None
         try:
-            model.save_pretrained(fresh)
+            with without_progress_bars():
+                model.save_pretrained(fresh)
         finally:
             model.generation_config = original
         tokenizer.save_pretrained(fresh)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastrl.train.attention import Implementation, packing, use_packed_attention
+from fastrl.train.progress_bars import without_progress_bars
 from fastrl.types import Head, TokenBatch
 
 if TYPE_CHECKING:
@@ -52,14 +53,15 @@ def load_model(
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) on a machine you can lose"
         )
     _check_vocabulary(directory, trust_remote_code=trust_remote_code)
-    model, report = AutoModelForCausalLM.from_pretrained(
-        str(directory),
-        dtype=dtype,
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-    )
+    with without_progress_bars():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(directory),
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
     for problem, names in (("missing", report["missing_keys"]), ("of another shape", report["mismatched_keys"])):
         if names:
             raise ValueError(f"weights of {directory} are {problem}: {', '.join(sorted(map(str, names))[:5])}")

@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from fastrl.algorithms.policy_gradient import PolicyGradient, has_signal, token_advantage
 from fastrl.data.pack import TokenSequence, pack
 from fastrl.losses.entropy import entropy_keep
 from fastrl.losses.weighting import without
 from fastrl.ops.linear_logprob import linear_logprob
+from fastrl.train.config import KernelsBlock
 from fastrl.train.model import hidden_states, model_head
 from fastrl.train.sequences import rollout_sequence, trained_length
 from fastrl.types import Head, Rollout, TokenBatch
@@ -112,7 +114,7 @@ def needs_every_token(algorithm: PolicyGradient) -> bool:
 
 @torch.no_grad()
 def trained_stats(
-    model: nn.Module, head: Head, batch: TokenBatch, *, chunk_rows: int | None = None
+    model: PreTrainedModel, head: Head, batch: TokenBatch, kernels: KernelsBlock
 ) -> tuple[Tensor, Tensor]:
     """Return log-probability and entropy [T] of the trained positions, 0 elsewhere: the waist without gradient."""
     rows = batch.weight.nonzero()[:, 0]
@@ -124,7 +126,8 @@ def trained_stats(
         temperature=head.temperature,
         softcap=head.softcap,
         logit_scale=head.logit_scale,
-        chunk_rows=chunk_rows,
+        chunk_rows=kernels.chunk_rows,
+        backend=kernels.backend,
     )
     nothing = torch.zeros_like(batch.weight)
     return nothing.index_copy(0, rows, stats.logprob.float()), nothing.index_copy(0, rows, stats.entropy.float())
@@ -134,17 +137,20 @@ def prepare(
     algorithm: PolicyGradient,
     step: StepSequences,
     *,
-    model: nn.Module,
-    reference: nn.Module | None,
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
     temperature: float,
     token_budget: int,
-    chunk_rows: int | None,
+    kernels: KernelsBlock,
     needs_old: bool,
 ) -> list[TokenBatch]:
     """Pack one optimizer step and fill in the log-probabilities its loss compares with.
 
     Args:
         reference: the frozen reference; needed when the algorithm has a KL.
+        temperature: divides the logits.
+        token_budget: most positions of a batch.
+        kernels: how the passes over the head run.
         needs_old: more than one update follows, so l_old must be kept; otherwise l_old = stop(l) costs nothing.
 
     Returns:
@@ -157,14 +163,11 @@ def prepare(
     if algorithm.kl is not None:
         assert reference is not None, "an algorithm with a KL needs the reference model"
         head = model_head(reference, temperature=temperature)
-        batches = [
-            replace(batch, ref_logprob=trained_stats(reference, head, batch, chunk_rows=chunk_rows)[0])
-            for batch in batches
-        ]
+        batches = [replace(batch, ref_logprob=trained_stats(reference, head, batch, kernels)[0]) for batch in batches]
     stats: list[tuple[Tensor, Tensor]] = []
     if needs_old or needs_entropy or kl_in_reward:
         head = model_head(model, temperature=temperature)
-        stats = [trained_stats(model, head, batch, chunk_rows=chunk_rows) for batch in batches]
+        stats = [trained_stats(model, head, batch, kernels) for batch in batches]
     if kl_in_reward or algorithm.whiten:
         batches = _with_token_advantage(algorithm, batches, [logprob for logprob, _ in stats])
     if needs_entropy:

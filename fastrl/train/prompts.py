@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from fastrl.data.tokenize import render_prompt
 from fastrl.rewards.protocol import Reward
 from fastrl.rewards.resolve import check_rewards
 from fastrl.train.config import DataBlock
+
+REJECTED_FILE = "rejected.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ def load_rows(
 ) -> tuple[Rows, Format]:
     """Read, template and check a data file as the configuration's `data` block says.
 
-    With `skip_bad_rows`, refused rows go to `rejected.jsonl` in output_dir, each with its place and reasons.
+    With `skip_bad_rows`, refused rows are set aside as in `set_aside`.
 
     Raises:
         DataError: rows that cannot be trained on: the first twenty, and the counts by class.
@@ -59,8 +62,7 @@ def load_rows(
     )
     if data.skip_bad_rows:
         rows, rejected = split_rows(rows, formats)
-        if rejected:
-            _write_rejected(rejected, Path(output_dir or "."))
+        set_aside(rejected, data, output_dir=output_dir)
     return rows, check_rows(rows, formats)
 
 
@@ -79,32 +81,57 @@ def load_prompts(
         source: a file, or any table of rows.
         rewards: those of the run; empty when nothing is judged.
         max_prompt_length: prompts with more tokens are refused.
-        output_dir: where `rejected.jsonl` goes.
+        output_dir: where `rejected.jsonl` goes; None writes nothing.
 
     Raises:
         DataError: bad rows, or prompts that are too long, with their places.
         ValueError: a column that a reward needs is missing, or a gold answer cannot be judged.
     """
     rows, _ = load_rows(source, data, (PROMPT,), output_dir=output_dir)
-    prompts, too_long = [], []
+    prompts: list[Prompt] = []
+    refused: list[Rejected] = []
     for index, row in enumerate(rows):
-        ids = render_prompt(tokenizer, row["prompt"], tools=row.get("tools"), place=rows.place(index))
-        if max_prompt_length is not None and len(ids) > max_prompt_length:
-            expected = f"at most rollout.max_prompt_length = {max_prompt_length} tokens"
-            too_long.append(Problem("prompt too long", "/prompt", expected, str(len(ids)), rows.place(index)))
+        try:
+            ids = render_prompt(tokenizer, row["prompt"], tools=row.get("tools"), place=rows.place(index))
+            if max_prompt_length is not None and len(ids) > max_prompt_length:
+                expected = f"at most rollout.max_prompt_length = {max_prompt_length} tokens"
+                raise DataError([Problem("prompt too long", "/prompt", expected, str(len(ids)), rows.place(index))])
+        except DataError as error:
+            refused.append(Rejected(rows.raw(index), rows.place(index), error.problems))
+            continue
         columns = {name: value for name, value in row.items() if name != "prompt"}
         prompts.append(Prompt(ids, row["prompt"], columns))
-    if too_long:
-        raise DataError(too_long)
+    set_aside(refused, data, output_dir=output_dir, is_all=not prompts)
     if rewards:
         check_rewards(rewards, columns_of(prompts))
     return prompts
 
 
-def _write_rejected(rejected: Sequence[Rejected], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def set_aside(rejected: Sequence[Rejected], data: DataBlock, *, output_dir: str | None, is_all: bool = False) -> None:
+    """Deal with refused rows as `data.skip_bad_rows` says: raise, or write them down and go on.
+
+    Each goes to `rejected.jsonl` once, with its place and the reasons, also when a run is resumed or reads two files.
+
+    Args:
+        output_dir: None writes nothing, as a dry run must; the number is printed to standard error either way.
+        is_all: nothing is left without them.
+
+    Raises:
+        DataError: there are refused rows, and they may not be skipped or none would be left.
+    """
+    if not rejected:
+        return
+    if is_all or not data.skip_bad_rows:
+        raise DataError([problem for each in rejected for problem in each.problems])
+    print(f"skipped {len(rejected)} bad rows, the first: {rejected[0].problems[0]}", file=sys.stderr)
+    if output_dir is None:
+        return
+    path = Path(output_dir) / REJECTED_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = set(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else set()
     lines = [
         json.dumps({"place": each.place, "reasons": [str(problem) for problem in each.problems], "row": each.row})
         for each in rejected
     ]
-    (folder / "rejected.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines if line not in known)

@@ -21,6 +21,7 @@ from fastrl.train.interrupt import Interrupt
 
 CONFIG_FILE = "run.json"  # not config.json, which is the model's name for its own
 OWNER_FILE = "owner.json"
+BEFORE_START = (OWNER_FILE, CONFIG_FILE, "rejected.jsonl", "environment.json")
 
 # Fields, and blocks of fields, that change what a run costs or shows but not what it computes.
 NOT_SEMANTIC = (
@@ -96,8 +97,8 @@ def open_run_directory(output_dir: str | Path, config: Mapping[str, Any], *, res
     path.mkdir(parents=True, exist_ok=True)
     lock = _locked(path)
     try:
-        # Everything but the two files of an opened, never started run counts as use.
-        used = sorted(entry.name for entry in path.iterdir() if entry.name not in (OWNER_FILE, CONFIG_FILE))
+        # Everything but the files of an opened, never started run counts as use.
+        used = sorted(entry.name for entry in path.iterdir() if entry.name not in BEFORE_START)
         if used and resume is None:
             raise RunDirectoryError(
                 f"output_dir {path} has been used ({', '.join(used[:3])}{', ...' if len(used) > 3 else ''}); "

@@ -21,7 +21,8 @@ class Progress:
     Attributes:
         step: optimizer steps taken.
         ordinal: prompts drawn, counted over all epochs; SFT derives its rows from the step.
-        num_tokens: tokens fed to the model in training.
+        num_tokens: tokens of the prompts and completions, or of the rows, trained on so far; each counts once
+            however often it is fed.
         kl_coef: adaptive KL coefficient; None when it is fixed.
     """
 

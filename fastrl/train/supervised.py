@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fastrl.data.check import Rejected
 from fastrl.data.formats import MESSAGES, PROMPT_COMPLETION, TEXT, Format
 from fastrl.data.problems import DataError, Problem
 from fastrl.data.readers import Row
 from fastrl.data.tokenize import encode_messages, encode_prompt_completion, encode_text
 from fastrl.train.config import SFTConfig
-from fastrl.train.prompts import load_rows
+from fastrl.train.prompts import load_rows, set_aside
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,35 +30,50 @@ class Examples:
     n_truncated: int
 
 
-def load_examples(path: str, tokenizer: Any, config: SFTConfig) -> Examples:
+def load_examples(path: str, tokenizer: Any, config: SFTConfig, *, output_dir: str | None) -> Examples:
     """Read a file of text, messages or prompt-completion rows and encode it.
+
+    Args:
+        output_dir: where `rejected.jsonl` goes; None writes nothing.
 
     Raises:
         DataError: bad rows; rows over `max_length` without `truncate`; rows left with nothing to train on.
         ValueError: an option that does not fit the file's format.
     """
-    rows, format = load_rows(path, config.data, (TEXT, MESSAGES, PROMPT_COMPLETION), output_dir=config.output_dir)
+    rows, format = load_rows(path, config.data, (TEXT, MESSAGES, PROMPT_COMPLETION), output_dir=output_dir)
     if config.assistant_only_loss and format.columns == TEXT.columns:
         raise ValueError(f"assistant_only_loss needs conversations, and {rows.source} has plain text; leave it out")
-    encoded, problems, n_truncated = [], [], 0
-    limit = config.max_length
+    encoded: list[Example] = []
+    refused: list[Rejected] = []
+    n_truncated = 0
     for index, row in enumerate(rows):
-        place = rows.place(index)
-        ids, mask = _encode(tokenizer, row, format, config, place)
-        if limit is not None and len(ids) > limit:
-            if not config.truncate:
-                expected = f"at most max_length = {limit} tokens (raise it, or pass --truncate true)"
-                problems.append(Problem("row too long", "", expected, str(len(ids)), place))
-                continue
-            ids, mask, n_truncated = ids[:limit], mask[:limit], n_truncated + 1
-            if not any(mask):
-                expected = f"tokens to train on in the first {limit} (raise max_length)"
-                problems.append(Problem("nothing left to train on", "", expected, "none", place))
-                continue
-        encoded.append(Example(ids, mask))
-    if problems:
-        raise DataError(problems)
+        try:
+            ids, mask = _encode(tokenizer, row, format, config, rows.place(index))
+            example = _cut(Example(ids, mask), config, rows.place(index))
+        except DataError as error:
+            refused.append(Rejected(rows.raw(index), rows.place(index), error.problems))
+            continue
+        n_truncated += len(example.ids) < len(ids)
+        encoded.append(example)
+    set_aside(refused, config.data, output_dir=output_dir, is_all=not encoded)
     return Examples(encoded, n_truncated)
+
+
+def _cut(example: Example, config: SFTConfig, place: str) -> Example:
+    """The example within `max_length` and the token budget, or the reason why it is refused."""
+    n, limit = len(example.ids), config.max_length
+    if limit is not None and n > limit and config.truncate:
+        example = Example(example.ids[:limit], example.is_trained[:limit])
+        if not any(example.is_trained):
+            expected = f"tokens to train on in the first {limit} (raise max_length)"
+            raise DataError([Problem("nothing left to train on", "", expected, "none", place)])
+    elif limit is not None and n > limit:
+        expected = f"at most max_length = {limit} tokens (raise it, or pass --truncate true)"
+        raise DataError([Problem("row too long", "", expected, str(n), place)])
+    elif n - 1 > config.packing.token_budget:  # the last token is predicted, never fed
+        expected = f"at most packing.token_budget + 1 = {config.packing.token_budget + 1} tokens (raise it)"
+        raise DataError([Problem("row too long", "", expected, str(n), place)])
+    return example
 
 
 def _encode(

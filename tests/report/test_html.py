@@ -75,7 +75,7 @@ def test_a_report_holds_what_the_run_wrote(run, opened):
     )
     opened(CompletionsLog(run / "completions.jsonl")).write(3, [sample])
     log_errors(opened(JsonLines(run / "errors.jsonl")), 2, {"judge": RewardError(4, "Traceback: 503")})
-    (run / "config.yaml").write_text("learning_rate: 1.0e-06\n")
+    (run / "run.json").write_text('{"learning_rate": 1e-06}')
     (run / "environment.json").write_text('{"python": "3.11"}')
     path = write_report(run)
     assert path == run / "report.html"
@@ -84,7 +84,7 @@ def test_a_report_holds_what_the_run_wrote(run, opened):
     for text in (
         *("<my run>", "reward, from 0.25", "0.75", "rollout 75%", "9 s", "non-finite values", "2 min"),
         *("[user] 2+2?", "<b>4</b>", "numeric 1", "judge -", "advantage -0.5"),
-        *("judge: 4", "Traceback: 503", "learning_rate: 1.0e-06", '{"python": "3.11"}'),
+        *("judge: 4", "Traceback: 503", '{"learning_rate": 1e-06}', '{"python": "3.11"}'),
     ):
         assert text in page.text, text
 
@@ -93,7 +93,7 @@ def test_hostile_text_stays_text_everywhere(run, opened):
     sample = CompletionSample(HOSTILE, HOSTILE, {HOSTILE: 1.0}, 1.0, None, {HOSTILE: HOSTILE})
     opened(CompletionsLog(run / "completions.jsonl")).write(3, [sample])
     log_errors(opened(JsonLines(run / "errors.jsonl")), 2, {HOSTILE: RewardError(1, HOSTILE)})
-    for name in ("config.yaml", "environment.json"):
+    for name in ("run.json", "environment.json"):
         (run / name).write_text(HOSTILE.replace("\ud800", ""))
     source = write_report(run).read_text(encoding="utf-8")
     page = Tags(source)

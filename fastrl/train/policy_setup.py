@@ -1,0 +1,162 @@
+"""What a GRPO run computes with, from its configuration: data first, then models, so that bad rows cost no loading."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import ceil
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastrl.algorithms.policy_gradient import PolicyGradient
+from fastrl.rewards.protocol import Reward
+from fastrl.rewards.resolve import resolve_rewards
+from fastrl.rollout.builtin import BuiltinEngine, context_length
+from fastrl.rollout.engine import Sampling
+from fastrl.train.algorithm import algorithm_from
+from fastrl.train.collect import Sampler
+from fastrl.train.config import GRPOConfig
+from fastrl.train.device import compute_dtype, pick_device
+from fastrl.train.model import load_model
+from fastrl.train.optimizer import MasterAdamW
+from fastrl.train.prompts import Prompt, load_prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a run computes with; made once, before the first round.
+
+    Attributes:
+        prompts: the pool that rounds draw from.
+        held_out: prompts for evaluation; may be empty.
+        algorithm: the record of choices.
+        policy: the model that is trained.
+        reference: its frozen start; None when the algorithm has no KL.
+        optimizer: owns the policy's master weights.
+        sampler: engine, rewards and sampling parameters.
+        groups: prompts of one round.
+        total_steps: optimizer steps of the whole run.
+    """
+
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    algorithm: PolicyGradient
+    policy: PreTrainedModel
+    reference: PreTrainedModel | None
+    optimizer: MasterAdamW
+    sampler: Sampler
+    groups: int
+    total_steps: int
+
+
+def set_up(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> Setup:
+    """Check the data, then load the models.
+
+    Raises:
+        ValueError: an algorithm that does not exist, bad rows, or sequences that will not fit.
+    """
+    algorithm = algorithm_from(config)
+    rewards = resolve_rewards(config.reward_funcs, config.reward_weights)
+    load = partial(prompts_of, config, tokenizer, rewards, output_dir=config.output_dir)
+    prompts = load(config.train_dataset)
+    held_out = load(config.eval_dataset) if config.eval_dataset else []
+    policy = model_of(config, gradient_checkpointing=config.gradient_checkpointing)
+    check_lengths(config, prompts + held_out, context=context_length(policy))
+    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    groups = batch_size * config.steps_per_generation // config.num_generations
+    rounds = ceil(config.num_train_epochs * len(prompts) / groups)
+    steps_of_rounds = rounds * config.steps_per_generation * config.num_iterations
+    return Setup(
+        prompts=prompts,
+        held_out=held_out,
+        algorithm=algorithm,
+        policy=policy,
+        reference=model_of(config).requires_grad_(False) if algorithm.kl is not None else None,
+        optimizer=MasterAdamW(
+            policy,
+            betas=(config.adam_beta1, config.adam_beta2),
+            epsilon=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        ),
+        sampler=sampler_of(config, policy, tokenizer, rewards),
+        groups=groups,
+        total_steps=config.max_steps if config.max_steps > 0 else steps_of_rounds,
+    )
+
+
+def prompts_of(
+    config: GRPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rewards: Sequence[Reward],
+    path: str,
+    *,
+    output_dir: str | None,
+) -> list[Prompt]:
+    """Return the prompts of one of the run's files; `load_prompts` says what is refused."""
+    return load_prompts(
+        path,
+        tokenizer,
+        config.data,
+        rewards,
+        max_prompt_length=config.rollout.max_prompt_length,
+        output_dir=output_dir,
+    )
+
+
+def model_of(config: GRPOConfig, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
+    """Return the model that the run starts from."""
+    return load_model(
+        config.model_name_or_path,
+        dtype=compute_dtype(config.dtype),
+        device=pick_device(config.device),
+        attn_implementation=config.attn_implementation,
+        gradient_checkpointing=gradient_checkpointing,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def sampler_of(
+    config: GRPOConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rewards: Sequence[Reward]
+) -> Sampler:
+    """Return what samples from the policy and judges its completions."""
+    return Sampler(
+        engine=BuiltinEngine(policy, tokenizer, batch_size=config.rollout.batch_size),
+        decode=partial(tokenizer.decode, skip_special_tokens=True),
+        rewards=rewards,
+        sampling=Sampling(
+            max_completion_length=config.max_completion_length,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p,
+            repetition_penalty=config.repetition_penalty,
+            stop=config.stop,
+        ),
+        num_generations=config.num_generations,
+        seed=config.seed,
+        overlong=config.overlong,
+    )
+
+
+def check_lengths(config: GRPOConfig, prompts: Sequence[Prompt], *, context: int) -> None:
+    """Refuse now what would stop the run hours later, when the longest prompt is drawn.
+
+    Args:
+        context: most tokens the model holds, prompt and completion together.
+
+    Raises:
+        ValueError: a prompt that leaves no room to sample, or a sequence over the token budget.
+    """
+    longest = max(len(prompt.ids) for prompt in prompts)
+    if longest >= context:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens, which leaves no room to sample in the model's context of "
+            f"{context}; shorten it, or set rollout.max_prompt_length to see which rows are too long"
+        )
+    positions = min(longest + config.max_completion_length, context) - 1  # the last token is predicted, never fed
+    if positions > config.packing.token_budget:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens, so a sequence may take {positions} positions, and "
+            f"packing.token_budget is {config.packing.token_budget}; raise it, or lower max_completion_length"
+        )
