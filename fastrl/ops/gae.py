@@ -17,7 +17,7 @@ from fastrl.ops.backend import Implementations, choose
 from fastrl.ops.checks import check_shapes
 from fastrl.ops.reverse_scan import check_borders, doubling
 
-IMPLEMENTATIONS = Implementations(op="gae", native="fastrl::gae")
+IMPLEMENTATIONS = Implementations(op="gae", triton="fastrl.kernels.gae", native="fastrl::gae")
 
 
 class Gae(NamedTuple):
@@ -73,7 +73,7 @@ def gae(
     Raises:
         ValueError: shapes or types that do not fit.
 
-    Cost: torch makes log2(T) passes over [T] and one host sync; native one pass, accumulating in f64.
+    Cost: torch makes log2(T) passes over [T] and one host sync; native and triton one pass, accumulating in f64.
 
     Source: Schulman 2016, arXiv:1506.02438, eq. 16; verl `core_algos.compute_gae_advantage_return`;
     OpenRLHF `get_advantages_and_returns`.
@@ -88,6 +88,11 @@ def gae(
     if chosen == "native":
         tensors = (reward.contiguous(), value.contiguous(), cu_seqlens.long(), trained.contiguous())
         return Gae(*torch.ops.fastrl.gae(*tensors, gamma, lam, skip_observations))
+    if chosen == "triton":
+        from fastrl.kernels import gae as kernel
+
+        tensors = (reward.contiguous(), value.contiguous(), cu_seqlens.contiguous(), trained.contiguous())
+        return Gae(*kernel.forward(*tensors, gamma, lam, skip_observations))
     function = reference if chosen == "reference" else _scanned
     return function(reward, value, cu_seqlens, trained, gamma, lam, skip_observations)
 

@@ -6,8 +6,9 @@ y[t] = x[t] + decay[t] y[t + 1],    y past the end of a sequence is 0
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +17,17 @@ from torch.autograd.function import once_differentiable
 from fastrl.ops.backend import Implementations, choose
 from fastrl.ops.checks import check_shapes
 
-IMPLEMENTATIONS = Implementations(op="reverse_scan", native="fastrl::reverse_scan")
+IMPLEMENTATIONS = Implementations(
+    op="reverse_scan", triton="fastrl.kernels.reverse_scan", native="fastrl::reverse_scan"
+)
 
-Scan = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+class Pair(NamedTuple):
+    """One backend."""
+
+    forward: Callable[[Tensor, Tensor, Tensor], Tensor]  # x, decay, cu_seqlens -> y
+    # dy, decay, cu_seqlens, y, whether ddecay is wanted -> dx, ddecay
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
 def reverse_scan(x: Tensor, decay: Tensor, cu_seqlens: Tensor, *, backend: str | None = None) -> Tensor:
@@ -42,7 +51,8 @@ def reverse_scan(x: Tensor, decay: Tensor, cu_seqlens: Tensor, *, backend: str |
     Raises:
         ValueError: shapes or types that do not fit; on CPU also borders that do not run from 0 to T.
 
-    Cost: torch makes log2(T) passes over [T] and no host sync; native one pass, accumulating in f64.
+    Cost: torch makes log2(T) passes over [T] and no host sync; native and triton one pass, accumulating in
+        f64.
 
     Source: Blelloch 1990, "Prefix sums and their applications", sec. 1.4 (a scan of affine maps).
     """
@@ -53,7 +63,7 @@ def reverse_scan(x: Tensor, decay: Tensor, cu_seqlens: Tensor, *, backend: str |
     chosen = choose(backend, x, IMPLEMENTATIONS)
     if chosen == "reference":
         return reference(x, decay, cu_seqlens)
-    y: Tensor = _ReverseScan.apply(x, decay, cu_seqlens, native if chosen == "native" else doubling)
+    y: Tensor = _ReverseScan.apply(x, decay, cu_seqlens, _pair(chosen))
     return y
 
 
@@ -103,28 +113,49 @@ def doubling(x: Tensor, decay: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 def native(x: Tensor, decay: Tensor, cu_seqlens: Tensor) -> Tensor:
     """One pass in C++; sequences run in parallel."""
-    y: Tensor = torch.ops.fastrl.reverse_scan(x.contiguous(), decay.contiguous(), cu_seqlens.long())
+    y: Tensor = torch.ops.fastrl.reverse_scan(x, decay, cu_seqlens.long())
     return y
+
+
+def mirrored(
+    scan: Callable[[Tensor, Tensor, Tensor], Tensor],
+    dy: Tensor,
+    decay: Tensor,
+    cu_seqlens: Tensor,
+    y: Tensor,
+    needs_decay: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient by the same scan: read from the right, the left-to-right scan is a reverse scan again."""
+    borders = decay.numel() - cu_seqlens.flip(0)
+    dx = scan(dy.flip(0), decay.roll(1).flip(0), borders).flip(0)
+    if not needs_decay:
+        return dx, None
+    following = y.roll(-1)
+    if y.numel():
+        following[cu_seqlens[1:].long() - 1] = 0.0  # -1 (an empty first sequence) is the last token: also an end
+    return dx, dx * following
+
+
+def _pair(backend: str) -> Pair:
+    if backend == "triton":
+        from fastrl.kernels import reverse_scan as kernel
+
+        return Pair(kernel.forward, kernel.backward)
+    scan = native if backend == "native" else doubling
+    return Pair(scan, partial(mirrored, scan))
 
 
 class _ReverseScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, decay: Tensor, cu_seqlens: Tensor, scan: Scan) -> Tensor:
-        y = scan(x, decay, cu_seqlens)
+    def forward(ctx: Any, x: Tensor, decay: Tensor, cu_seqlens: Tensor, pair: Pair) -> Tensor:
+        x, decay, cu_seqlens = x.contiguous(), decay.contiguous(), cu_seqlens.contiguous()
+        y = pair.forward(x, decay, cu_seqlens)
         ctx.save_for_backward(decay, cu_seqlens, y)
-        ctx.scan = scan
+        ctx.backward_scan = pair.backward
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        decay, cu_seqlens, y = ctx.saved_tensors
-        # Read from the right, the left-to-right scan is a reverse scan again.
-        mirrored = decay.numel() - cu_seqlens.flip(0)
-        dx = ctx.scan(dy.flip(0), decay.roll(1).flip(0), mirrored).flip(0)
-        if not ctx.needs_input_grad[1]:
-            return dx, None, None, None
-        following = y.roll(-1)
-        if y.numel():
-            following[cu_seqlens[1:].long() - 1] = 0.0  # -1 (an empty first sequence) is the last token: also an end
-        return dx, dx * following, None, None
+        dx, ddecay = ctx.backward_scan(dy.contiguous(), *ctx.saved_tensors, ctx.needs_input_grad[1])
+        return dx, ddecay, None, None

@@ -5,7 +5,7 @@ loss = correction * max(-min(r, delta) A, -clip(r, 1 - low, 1 + high) A) + kl_co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from math import inf
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from fastrl.ops.backend import Implementations, choose
 from fastrl.ops.checks import check_shapes
 
-IMPLEMENTATIONS = Implementations(op="token_objective")
+IMPLEMENTATIONS = Implementations(op="token_objective", triton="fastrl.kernels.token_objective")
 
 
 class Kl(IntEnum):
@@ -141,7 +141,7 @@ def token_objective(
     Raises:
         ValueError: shapes that do not fit, a coefficient whose tensor is missing, a number out of its range.
 
-    Cost: elementwise over [T], no host sync; d_logprob is what backward keeps.
+    Cost: elementwise over [T], no host sync; d_logprob is what backward keeps. Triton reads each column once.
 
     Source: Schulman 2017, arXiv:1707.06347, eq. 7; Ye 2020, arXiv:1912.09729, eq. 5 (dual clip); Yu 2025,
     arXiv:2503.14476, eq. 10 (clip-higher); INTELLECT-2, arXiv:2505.07291, sec. 3.4 (delta).
@@ -163,6 +163,8 @@ def token_objective(
     )
     _check(inputs, weight, options)
     chosen = choose(backend, logprob, IMPLEMENTATIONS)
+    if chosen == "triton":
+        return TokenObjective(*_Fused.apply(*inputs, weight, options))
     present = [x for x in inputs if x is not None]
     finite = torch.stack([x.detach().isfinite() for x in present]).all(0)
     trained = weight != 0
@@ -317,6 +319,37 @@ class _ClosedForm(torch.autograd.Function):
         (d_logprob,) = ctx.saved_tensors
         d_entropy = -ctx.entropy_coef * d_loss if ctx.needs_input_grad[5] else None
         return d_loss * d_logprob, None, None, None, None, d_entropy, None
+
+
+class _Fused(torch.autograd.Function):
+    """One kernel for everything above, from the columns as the caller has them."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        from fastrl.kernels import token_objective as kernel
+
+        *tensors, options = arguments
+        columns: list[Any] = [None if x is None else _float_column(x) for x in tensors]
+        loss, *others = kernel.forward(*columns, **asdict(options))
+        ctx.save_for_backward(others[0], tensors[-1], others[-1])
+        ctx.entropy_coef = options.entropy_coef
+        ctx.mark_non_differentiable(*others)
+        ctx.set_materialize_grads(False)  # no zeros for seven outputs that have no gradient
+        return loss, *others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        d_logprob, weight, nonfinite = ctx.saved_tensors
+        d_entropy = None
+        if ctx.needs_input_grad[5]:
+            d_entropy = torch.where((weight != 0) & ~nonfinite, -ctx.entropy_coef * d_loss, 0.0)
+        return d_loss * d_logprob, None, None, None, None, d_entropy, None, None
+
+
+def _float_column(x: Tensor) -> Tensor:
+    """Contiguous and floating: a bool mask or an integer advantage becomes f32."""
+    return (x if x.is_floating_point() else x.float()).contiguous()
 
 
 @torch.no_grad()

@@ -22,9 +22,9 @@ def runs_here(backend: str) -> bool:
 
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(not runs_here(name), reason=f"{name} is not built here"))
-    for name in ("reference", "torch", "native")
+    for name in ("reference", "torch", "native", "triton")
 ]
-AVAILABLE = [name for name in ("reference", "torch", "native") if runs_here(name)]
+AVAILABLE = [name for name in ("reference", "torch", "native", "triton") if runs_here(name)]
 
 
 def std(r, ddof):

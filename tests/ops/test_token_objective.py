@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastrl.ops.token_objective import Kl, token_objective
 
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "torch", "triton")
 
 
 def oracle(logprob, old, ref, mu, entropy, advantage, o):
