@@ -21,6 +21,7 @@ from torch import Tensor
 TILES = ((1024, 4), (512, 4), (2048, 8), (4096, 8))  # tokens and warps per program; the first is the default
 # A product and a sum are rounded one after the other, as PyTorch does.
 ROUNDING = {"enable_fp_fusion": False}
+INFINITY = tl.constexpr(inf)
 
 
 def forward(
@@ -151,10 +152,11 @@ def _objective(
     moves = tl.where(unclipped >= clipped, capped == ratio, bounded == ratio)
     moves &= _held(log_ratio, -CLAMP, CLAMP) == log_ratio
     most = tl.full((BLOCK,), DUAL_CLIP, dtype)
-    held = -most * advantage  # NaN where dual clip is off and A is 0: not used there
-    binds = (advantage < 0) & (loss > held)
-    loss = tl.where(binds, held, loss)
-    moves = moves & (binds == 0)
+    if INFINITY > DUAL_CLIP:  # else inf times an advantage of 0
+        held = -most * advantage
+        binds = (advantage < 0) & (loss > held)
+        loss = tl.where(binds, held, loss)
+        moves = moves & (binds == 0)
     derivative = tl.where(moves, -ratio * advantage, 0.0)
     if sampler_ptr is not None:
         sampler = tl.where(used, raw_sampler.to(dtype), 0.0)
@@ -189,7 +191,7 @@ def _objective(
 
 @triton.jit
 def _is_finite(x):
-    return tl.abs(x) < float("inf")  # False for NaN
+    return tl.abs(x) < INFINITY  # False for NaN
 
 
 @triton.jit
