@@ -24,7 +24,6 @@ from fastrl.train.algorithm import algorithm_from
 from fastrl.train.collect import Experience, collect, collect_round
 from fastrl.train.config import GRPOConfig
 from fastrl.train.device import peak_gib
-from fastrl.train.environment import write_environment
 from fastrl.train.estimate import estimate_by_group
 from fastrl.train.experience_metrics import experience_metrics
 from fastrl.train.export import save_pretrained
@@ -33,6 +32,7 @@ from fastrl.train.interrupt import EXIT_INTERRUPTED
 from fastrl.train.model import load_tokenizer
 from fastrl.train.policy_setup import Setup, model_of, prompts_of, sampler_of, set_up
 from fastrl.train.prepare import StepSequences, cut_into_steps, prepare
+from fastrl.train.provenance import write_environment
 from fastrl.train.run_directory import open_run_directory
 from fastrl.train.schedule import learning_rate_at, warmup_length
 from fastrl.train.snapshot import Progress, restore, save

@@ -15,12 +15,12 @@ from fastrl.report.journal import Journal
 from fastrl.report.preview import print_table
 from fastrl.train.config import SFTConfig
 from fastrl.train.device import compute_dtype, peak_gib, pick_device
-from fastrl.train.environment import write_environment
 from fastrl.train.export import save_pretrained
 from fastrl.train.interrupt import EXIT_INTERRUPTED
 from fastrl.train.model import load_model, load_tokenizer
 from fastrl.train.optimizer import MasterAdamW
 from fastrl.train.order import row_at
+from fastrl.train.provenance import write_environment
 from fastrl.train.run_directory import open_run_directory
 from fastrl.train.schedule import learning_rate_at, warmup_length
 from fastrl.train.sequences import supervised_sequence

@@ -1,0 +1,38 @@
+"""Reward functions with a signal on random completions, and ones that misbehave; named in configurations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def digit_sum(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A number in [0, 1) that depends on the sampled tokens alone."""
+    return [sum(ids) % 8 / 8 for ids in completion_ids]
+
+
+def is_even(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """0 or 1, so that some groups of two have no signal."""
+    return [float(sum(ids) % 2 == 0) for ids in completion_ids]
+
+
+def is_long(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """1 where the completion reached four tokens."""
+    return [float(len(ids) >= 4) for ids in completion_ids]
+
+
+def nothing(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """No group has a signal."""
+    return [0.5] * len(completion_ids)
+
+
+def no_verdict_on_the_first_of_four(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+    """None, NaN and numbers, as a judge that sometimes abstains and sometimes breaks."""
+    values: list[float | None] = [float(sum(ids) % 8) for ids in completion_ids]
+    values[0::4] = [None] * len(values[0::4])
+    values[1::8] = [float("nan")] * len(values[1::8])
+    return values
+
+
+def broken(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A bug of a user's."""
+    raise KeyError("no such answer")
