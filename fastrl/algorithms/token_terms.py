@@ -120,10 +120,10 @@ def token_metrics(
         "clip_ratio/region_mean": blocked,
     }
     if weight is not None:
-        found["sampling/importance_sampling_ratio"] = weight
+        found["sampling/importance_sampling_ratio/mean"] = weight
     if batch.sampler_logprob is not None:
         difference = (old - batch.sampler_logprob).abs()
-        found["sampling/sampling_logp_difference"] = difference
+        found["sampling/sampling_logp_difference/mean"] = difference
         found["sampling/probability_error"] = difference.exp()
     if batch.ref_logprob is not None:
         found["kl"] = (algorithm.kl.estimator if algorithm.kl else k3)(logprob, batch.ref_logprob)

@@ -121,8 +121,8 @@ def test_metrics_report_the_weight_that_was_applied() -> None:
     metrics = policy_loss_from_logprob(
         replace(PPO, correction=partial(truncate, high=2.0)), logprob, torch.ones(2).double(), batch
     ).metrics
-    assert metrics["sampling/importance_sampling_ratio"].tolist() == pytest.approx([2.0, math.exp(-0.5)])
-    assert metrics["sampling/sampling_logp_difference"].tolist() == pytest.approx([1.0, 0.5])
+    assert metrics["sampling/importance_sampling_ratio/mean"].tolist() == pytest.approx([2.0, math.exp(-0.5)])
+    assert metrics["sampling/sampling_logp_difference/mean"].tolist() == pytest.approx([1.0, 0.5])
     assert metrics["kl"].tolist() == [0.0, 0.0]
     assert not any(values.requires_grad for values in metrics.values())
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastrl.recipes import grpo
 from fastrl.recipes.addition import TaskFiles
 from fastrl.report import read_log
 from fastrl.train.config import DataBlock, GRPOConfig, ReportBlock, SFTConfig
@@ -56,6 +57,17 @@ def sft_config(base: Base, output_dir: Path, **changes: Any) -> SFTConfig:
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
     return read_log(folder / "metrics.jsonl")
+
+
+def run_grpo(base: Base, folder: Path, **changes: Any) -> list[dict[str, Any]]:
+    """A run that must end well, and its log."""
+    assert grpo.run(grpo_config(base, folder, **changes)) == 0
+    return metrics_of(folder)
+
+
+def column(lines: list[dict[str, Any]], name: str) -> list[Any]:
+    """One metric of every line that has it."""
+    return [line[name] for line in lines if name in line]
 
 
 def learning_curve(folder: Path) -> list[dict[str, Any]]:
