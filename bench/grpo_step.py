@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -42,27 +42,43 @@ EOS, PAD = "<eos>", "<pad>"
 GROUPS, GENERATIONS, LENGTH = 8, 8, 32  # prompts of a step, completions of each, tokens of each
 SEED = 0
 UNTIMED_STEPS, BLOCK = 2, 4  # the first steps of each side; then steps of one side before the other's turn
+SAME_LENGTHS = 0.05  # relative difference allowed in sampled tokens; 24 steps of random lengths differ by 2 % or so
+COLUMNS = ("ms", "ms_p10", "ms_p90", "ms_rollout", "ms_rest", "ms_cpu")
 AGREEMENT = 1e-3  # relative, of reward, loss and gradient norm on the same completions, in float32
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """The size of a model; its vocabulary is the characters, its prompts have 6 tokens."""
+    """A model and how long its completions are; its vocabulary is the characters, its prompts have 6 tokens.
+
+    Attributes:
+        stops: EOS is a token like any other, so lengths vary; else no completion ends before LENGTH.
+    """
 
     hidden: int
     layers: int
-    heads: int
+    stops: bool
 
 
-CASES = {"D=128, 4 layers": Case(128, 4, 4), "D=64, 2 layers": Case(64, 2, 4)}
+CASES = {
+    "D=64, 2 layers, all 32 tokens": Case(64, 2, stops=False),
+    "D=128, 4 layers, all 32 tokens": Case(128, 4, stops=False),
+    "D=64, 2 layers, 1 to 32 tokens": Case(64, 2, stops=True),
+    "D=128, 4 layers, 1 to 32 tokens": Case(128, 4, stops=True),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """One step in milliseconds: all of it, and the part spent sampling."""
+    """One step in milliseconds: all of it, the part spent sampling, and what the processor worked on it.
+
+    On a machine that others use too, the wall clock of two contenders is comparable in pairs only; processor time
+    stays what it is.
+    """
 
     ms: float
     rollout_ms: float
+    cpu_ms: float
 
 
 def vowel_share(completions: Sequence[str], **columns: object) -> list[float]:
@@ -78,7 +94,7 @@ def write_task(folder: Path, case: Case, *, steps: int) -> None:
         len(tokenizer),
         hidden_size=case.hidden,
         layers=case.layers,
-        heads=case.heads,
+        heads=4,
         intermediate_size=2 * case.hidden,
         context=256,
         eos_token_id=tokenizer.eos_token_id,
@@ -86,17 +102,18 @@ def write_task(folder: Path, case: Case, *, steps: int) -> None:
         tie_embeddings=False,
         seed=SEED,
     )
-    # Equal lengths by construction: coordinate 0 of the residual stream is the same positive number everywhere, and
-    # the heads of EOS and padding read nothing else, with a large negative weight. Nobody ever samples them.
+    never = [tokenizer.pad_token_id] if case.stops else [tokenizer.pad_token_id, tokenizer.eos_token_id]
+    # Coordinate 0 of the residual stream is the same positive number everywhere, and the heads of tokens that must
+    # never be sampled read nothing else, with a large negative weight.
     with torch.no_grad():
         model.get_input_embeddings().weight[:, 0] = 1.0
         for name, weight in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 weight[0] = 0.0
         head = model.get_output_embeddings().weight
-        head[[tokenizer.eos_token_id, tokenizer.pad_token_id]] = 0.0
-        head[[tokenizer.eos_token_id, tokenizer.pad_token_id], 0] = -100.0
-    save_pretrained(model, tokenizer, folder / "model", card="A tiny Qwen3 with random weights that never stops.")
+        head[never] = 0.0
+        head[never, 0] = -100.0
+    save_pretrained(model, tokenizer, folder / "model", card="A tiny Qwen3 with random weights.")
     prompts = [f"{a}+{b}=" for a in range(10, 100) for b in range(10, 100)][: GROUPS * steps]
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
@@ -129,7 +146,7 @@ class FastRLRun:
 
     def step(self) -> StepTime:
         """Take one step, as the recipe does."""
-        started = perf_counter()
+        started, worked = perf_counter(), process_time()
         setup = self.setup
         setup.sampler.engine.load_weights(setup.policy, self.progress.step)
         experience, ordinal = collect_round(
@@ -137,10 +154,10 @@ class FastRLRun:
         )
         progress = replace(self.progress, ordinal=ordinal)
         self.progress = learn(self.config, setup, self.journal, experience, progress)
-        seconds = perf_counter() - started
+        seconds, cpu_seconds = perf_counter() - started, process_time() - worked
         self.completions = [rollout.completion_ids for rollout in experience.rollouts]
         self.lengths += map(len, self.completions)
-        return StepTime(1e3 * seconds, 1e3 * experience.seconds["rollout"])
+        return StepTime(1e3 * seconds, 1e3 * experience.seconds["rollout"], 1e3 * cpu_seconds)
 
     def prompts(self) -> list[str]:
         """The text of the prompts in the order in which the run visits them."""
@@ -171,49 +188,51 @@ def check_agreement(folder: Path) -> dict[str, float]:
     return gaps
 
 
-def measured(case: Case, *, modes: Sequence[str], steps: int) -> list[dict[str, Any]]:
-    """Train with each contender in turns of BLOCK steps; one record per contender, fastrl first in every turn.
+def measured(case: Case, *, mode: str | None, steps: int) -> list[dict[str, Any]]:
+    """Train with both contenders in turns of BLOCK steps, fastrl first in every turn; one record for each.
 
     Args:
-        modes: how TRL generates; [] measures fastrl alone.
+        mode: how TRL generates; None measures fastrl alone.
         steps: timed steps of each contender, a multiple of BLOCK.
     """
     total = UNTIMED_STEPS + steps
-    records = []
-    for mode in modes or [None]:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            write_task(folder, case, steps=total)
-            gaps = check_agreement(folder) if mode is not None else {}
-            fastrl = FastRLRun(folder, folder / "fastrl", steps=total)
-            ours = [fastrl.step() for _ in range(UNTIMED_STEPS)]
-            if mode is None:
-                ours += [fastrl.step() for _ in range(steps)]
-                fastrl.close()
-                return [_record("fastrl", ours, fastrl.lengths)]
-
-            def turn(ours: list[StepTime] = ours, fastrl: FastRLRun = fastrl) -> None:
-                ours.extend(fastrl.step() for _ in range(BLOCK))
-
-            trl = TRLRun(mode, turn=turn, block=BLOCK, untimed=UNTIMED_STEPS)
-            theirs = trl.train(
-                folder, fastrl.prompts(), reward=vowel_share, steps=total, shape=(GROUPS, GENERATIONS, LENGTH)
-            )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_task(folder, case, steps=total)
+        gaps = {} if mode is None else check_agreement(folder)
+        fastrl = FastRLRun(folder, folder / "fastrl", steps=total)
+        ours = [fastrl.step() for _ in range(UNTIMED_STEPS)]
+        if mode is None:
+            ours += [fastrl.step() for _ in range(steps)]
             fastrl.close()
-        pair = [
-            _record("fastrl", ours, fastrl.lengths),
-            _record(f"trl, {mode}", [StepTime(*step) for step in theirs], trl.lengths),
-        ]
-        for record in pair:
-            record["times_faster"] = pair[1]["ms"] / pair[0]["ms"]
-            record["relative_difference_on_same_completions"] = gaps
-        records += pair
-    return records
+            return [_record("fastrl", case, ours, fastrl.lengths)]
+
+        def turn() -> None:
+            ours.extend(fastrl.step() for _ in range(BLOCK))
+
+        trl = TRLRun(mode, turn=turn, block=BLOCK, untimed=UNTIMED_STEPS)
+        shape = (GROUPS, GENERATIONS, LENGTH)
+        trl.train(folder, fastrl.prompts(), reward=vowel_share, steps=total, shape=shape)
+        fastrl.close()
+    theirs = [StepTime(*times) for times in trl.times]
+    pair = [
+        _record("fastrl", case, ours, fastrl.lengths),
+        _record(f"trl, {mode}", case, theirs, trl.lengths),
+    ]
+    tokens = [record["completion_tokens_per_step"] for record in pair]
+    if abs(tokens[0] / tokens[1] - 1) > SAME_LENGTHS:
+        raise RuntimeError(f"the contenders sampled {tokens} tokens a step, so their times cannot be compared")
+    speedup = {
+        "times_faster": pair[1]["ms"] / pair[0]["ms"],
+        "times_faster_cpu": pair[1]["ms_cpu"] / pair[0]["ms_cpu"],
+        "relative_difference_on_same_completions": gaps,
+    }
+    return [record | speedup for record in pair]
 
 
-def _record(contender: str, steps: Sequence[StepTime], lengths: Sequence[int]) -> dict[str, Any]:
-    """Medians over the timed steps; every completion must have the full length, or the work was not the same."""
-    if set(lengths) != {LENGTH}:
+def _record(contender: str, case: Case, steps: Sequence[StepTime], lengths: Sequence[int]) -> dict[str, Any]:
+    """Medians over the timed steps."""
+    if not case.stops and set(lengths) != {LENGTH}:
         raise RuntimeError(f"{contender}: completions have {min(lengths)} .. {max(lengths)} tokens, not {LENGTH} each")
     timed = steps[UNTIMED_STEPS:]
     milliseconds = [step.ms for step in timed]
@@ -224,10 +243,11 @@ def _record(contender: str, steps: Sequence[StepTime], lengths: Sequence[int]) -
         "ms": statistics.median(milliseconds),
         "ms_p10": deciles[0],
         "ms_p90": deciles[-1],
-        "repeats": len(timed),
         "ms_rollout": statistics.median(step.rollout_ms for step in timed),
         "ms_rest": statistics.median(step.ms - step.rollout_ms for step in timed),
-        "completion_tokens_per_step": len(lengths) // len(steps) * LENGTH,
+        "ms_cpu": statistics.median(step.cpu_ms for step in timed),
+        "repeats": len(timed),
+        "completion_tokens_per_step": sum(lengths) / len(steps),
     }
 
 
@@ -242,7 +262,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _line(record: dict[str, Any]) -> str:
-    times = "".join(f"{record[name]:9.1f}" for name in ("ms", "ms_p10", "ms_p90", "ms_rollout", "ms_rest"))
+    times = "".join(f"{record[name]:9.1f}" for name in COLUMNS)
     return f"  {record['contender']:24}{times}"
 
 
@@ -262,13 +282,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     records = []
     for label in options.case:
         print(f"\n{label}: {GROUPS} prompts x {GENERATIONS} completions x {LENGTH} tokens, {options.threads} threads")
-        print(f"  {'milliseconds a step':24}{'median':>9}{'p10':>9}{'p90':>9}{'rollout':>9}{'rest':>9}")
+        print(f"  {'milliseconds a step':24}" + "".join(f"{name[3:] or 'median':>9}" for name in COLUMNS))
         shape = {"name": label, "sizes": asdict(CASES[label])}
-        for record in measured(CASES[label], modes=options.trl if has_trl else [], steps=steps):
-            print(_line(record), flush=True)
-            if record["contender"].startswith("trl"):
-                print(f"  fastrl is {record['times_faster']:.2f} times as fast")
-            records.append({"row": "grpo_step", "shape": shape, **record, **provenance("cpu", quick=False)})
+        for mode in options.trl if has_trl else [None]:
+            for record in measured(CASES[label], mode=mode, steps=steps):
+                print(_line(record), flush=True)
+                records.append({"row": "grpo_step", "shape": shape, **record, **provenance("cpu", quick=False)})
+            if mode is not None:
+                last = records[-1]
+                print(f"  fastrl: {last['times_faster']:.2f} x, in processor time {last['times_faster_cpu']:.2f} x")
     write(options.results / "grpo_step.cpu.jsonl", records)
 
 

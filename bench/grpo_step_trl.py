@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 Reward = Callable[..., list[float]]
 Shape = tuple[int, int, int]  # prompts of a step, completions of each, tokens of each
@@ -32,9 +32,9 @@ class TRLRun(TrainerCallback):  # type: ignore[misc]
         self.turn = turn
         self.block = block
         self.untimed = untimed
-        self.times: list[tuple[float, float]] = []  # of each step, milliseconds in all and sampling
+        self.times: list[tuple[float, float, float]] = []  # of each step: milliseconds in all, sampling, processor
         self.lengths: list[int] = []
-        self.started: float | None = None
+        self.started: tuple[float, float] | None = None
         self.rollout = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -43,12 +43,10 @@ class TRLRun(TrainerCallback):  # type: ignore[misc]
         if done >= 0 and done % self.block == 0:
             self.turn()
         self.rollout = 0.0
-        self.started = perf_counter()
+        self.started = perf_counter(), process_time()
 
-    def train(
-        self, folder: Path, prompts: Sequence[str], *, reward: Reward, steps: int, shape: Shape
-    ) -> list[tuple[float, float]]:
-        """Train `steps` steps; return for each the milliseconds in all and those spent sampling."""
+    def train(self, folder: Path, prompts: Sequence[str], *, reward: Reward, steps: int, shape: Shape) -> None:
+        """Train `steps` steps; `times` and `lengths` say how it went."""
 
         def counted(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
             self.lengths += map(len, completion_ids)
@@ -59,7 +57,6 @@ class TRLRun(TrainerCallback):  # type: ignore[misc]
         for name in ("generate", "generate_batch"):
             setattr(trainer.model, name, self._timed(getattr(trainer.model, name)))
         trainer.train()
-        return self.times
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The last step has no successor whose begin could end it.
@@ -68,7 +65,8 @@ class TRLRun(TrainerCallback):  # type: ignore[misc]
 
     def _stop(self) -> None:
         if self.started is not None:
-            self.times.append((1e3 * (perf_counter() - self.started), 1e3 * self.rollout))
+            wall, cpu = perf_counter() - self.started[0], process_time() - self.started[1]
+            self.times.append((1e3 * wall, 1e3 * self.rollout, 1e3 * cpu))
         self.started = None
 
     def _timed(self, generate: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,7 +133,7 @@ def _trainer(
         dataloader_pin_memory=False,
         **MODES[mode],
     )
-    return GRPOTrainer(
+    trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder / "model"),
         reward_funcs=reward,
         args=config,
@@ -143,3 +141,5 @@ def _trainer(
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
         rollout_func=rollout_func,
     )
+    trainer.remove_callback(PrinterCallback)  # the log is kept in the trainer's state
+    return trainer
