@@ -46,6 +46,7 @@ RECIPES: dict[str, Recipe] = {
 OTHERS = {
     "run": "Run the recipe that a YAML file names: fastrl run FILE [flags].",
     "config": "Write, check or describe configuration: fastrl config init|check|schema.",
+    "kernels": "Compile or check the kernels: fastrl kernels audit|check.",
     "env": "What is installed, which devices and backends would be used.",
 }
 CONFIG_USAGE = "usage: fastrl config init RECIPE | check FILE [flags] | schema RECIPE"
@@ -92,6 +93,10 @@ def _dispatch(arguments: Sequence[str]) -> int:
             return _env(rest)
         case ["config", *rest]:
             return _config(rest)
+        case ["kernels", *rest]:
+            from fastrl.command.kernels import run
+
+            return run(rest)
         case ["run", *rest]:
             return _run_file(rest)
         case [name, *rest] if name in RECIPES:

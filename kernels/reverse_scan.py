@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILES = ((1024, 4), (512, 4), (2048, 8), (4096, 8))  # tokens and warps per program; the first is the default
-SMALLEST = 16
+TILES = ((1024, 4), (1024, 8), (2048, 8), (2048, 16))  # tokens and warps per program; the first is the default
+SMALL_BLOCKS = (16, 128)  # for batches this short
 ROUNDING = {"enable_fp_fusion": True}  # b + a y is rounded once
 
 
@@ -52,8 +52,8 @@ def backward(
 
 
 def fitted(tile: tuple[int, int], total: int) -> tuple[int, int]:
-    """The tile without lanes beyond the batch's tokens; a power of two, so a handful of variants at most."""
-    return min(tile[0], max(SMALLEST, triton.next_power_of_2(total))), tile[1]
+    """The tile, narrower where the whole batch fits into less."""
+    return next((block for block in SMALL_BLOCKS if total <= block < tile[0]), tile[0]), tile[1]
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def _audited(kernel, number: str, index: str, tile: tuple[int, int], **constexpr
 
 
 # Every tile with int32 borders, the default with int64; `fitted` makes the small ones.
-LAUNCHED = tuple(("i32", tile) for tile in (*TILES, *((block, TILES[0][1]) for block in (16, 32, 64, 128, 256))))
+LAUNCHED = tuple(("i32", tile) for tile in (*TILES, *((block, TILES[0][1]) for block in SMALL_BLOCKS)))
 LAUNCHED += (("i64", TILES[0]),)
 
 AUDIT = tuple(

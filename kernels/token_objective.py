@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILES = ((1024, 4), (512, 4), (2048, 8), (4096, 8))  # tokens and warps per program; the first is the default
+TILES = ((1024, 4), (512, 4), (2048, 8))  # tokens and warps per program; the first is the default
+TILE_FLOAT64 = (256, 4)  # a wider one spills
 # A product and a sum are rounded one after the other, as PyTorch does.
 ROUNDING = {"enable_fp_fusion": False}
 INFINITY = tl.constexpr(inf)
@@ -45,7 +46,7 @@ def forward(
     correction_high: float,
     entropy_coef: float,
     log_ratio_clamp: float,
-    tile: tuple[int, int] = TILES[0],
+    tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Seven [T] columns of any floating type -> loss, d_logprob, ratio, kl in f32 (f64 for f64 logprob) and four bools.
 
@@ -56,7 +57,7 @@ def forward(
     dtype = torch.promote_types(logprob.dtype, torch.float32)
     numbers = [torch.empty(logprob.shape, dtype=dtype, device=logprob.device) for _ in range(4)]
     facts = [torch.empty(logprob.shape, dtype=torch.bool, device=logprob.device) for _ in range(4)]
-    block, num_warps = tile
+    block, num_warps = tile or (TILE_FLOAT64 if dtype == torch.float64 else TILES[0])
     if logprob.numel():
         _objective[(triton.cdiv(logprob.numel(), block),)](
             *columns,
@@ -254,8 +255,11 @@ def _audited(logprob: str, result: str, tile: tuple[int, int], *, all_columns: b
     }
 
 
-AUDIT = tuple(
-    _audited(logprob, "fp64" if logprob == "fp64" else "fp32", tile, all_columns=all_columns)
-    for tile in TILES
-    for logprob, all_columns in (("fp32", True), ("fp32", False), ("bf16", True), ("fp64", True))
+AUDIT = (
+    *(
+        _audited(logprob, "fp32", tile, all_columns=all_columns)
+        for tile in TILES
+        for logprob, all_columns in (("fp32", True), ("fp32", False), ("bf16", True))
+    ),
+    _audited("fp64", "fp64", TILE_FLOAT64, all_columns=True),
 )

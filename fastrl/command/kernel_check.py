@@ -1,0 +1,218 @@
+"""`fastrl kernels check`: every op on every backend of this device, value and gradient, against float64.
+
+The rule is that of the tests: an implementation may err as much as the specification does in the same precision, plus
+a slack. Shapes are small on a CPU and real on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl.ops import (
+    gae,
+    group_advantage,
+    linear_cross_entropy,
+    linear_logprob,
+    linear_token_loss,
+    logits_logprob,
+    reverse_scan,
+    token_objective,
+)
+from fastrl.ops.backend import BACKENDS
+from fastrl.testing import ValueAndGrads, double, error, linear_logprob_inputs, magnitude, value_and_grads
+
+SLACK = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-3}  # of the largest true number, at least of 1
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One op on one kind of input.
+
+    Attributes:
+        op: its name.
+        call: (*inputs, backend=) -> tensors.
+        inputs: (device, dtype) -> inputs; sizes depend on the device.
+        differentiable: places of the inputs that get a gradient.
+        dtypes: of the inputs.
+    """
+
+    op: str
+    call: Callable[..., Any]
+    inputs: Callable[[str, torch.dtype], tuple[Any, ...]]
+    differentiable: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What one backend did on one case.
+
+    Attributes:
+        op: name of the op.
+        backend: name of the backend.
+        dtype: of the inputs.
+        shapes: of the inputs.
+        error: largest absolute error of the tensor that comes nearest to its limit; None when it cannot run here.
+        allowed: that tensor's limit.
+        cannot_run: the reason; None when it ran.
+        problem: disagreement or failure; None when it passes.
+    """
+
+    op: str
+    backend: str
+    dtype: str
+    shapes: str
+    error: float | None = None
+    allowed: float | None = None
+    cannot_run: str | None = None
+    problem: str | None = None
+
+
+def check(device: str) -> Iterator[Checked]:
+    """One record per op, dtype and backend, as they are made; `device` is "cpu" or "cuda"."""
+    for case in CASES:
+        for dtype in case.dtypes:
+            inputs = case.inputs(device, dtype)
+            run = partial(_run, case, inputs)
+            naive, truth = run("reference"), _run(case, double(inputs), "reference")
+            shapes = " ".join(str(list(x.shape)) for x in inputs if isinstance(x, Tensor)).replace(" ", "")
+            for backend in BACKENDS[1:]:
+                named = Checked(case.op, backend, str(dtype).removeprefix("torch."), shapes)
+                yield _judged(named, partial(run, backend), naive, truth, SLACK[dtype])
+
+
+def _run(case: Case, inputs: tuple[Any, ...], backend: str) -> ValueAndGrads:
+    return value_and_grads(partial(case.call, backend=backend), *inputs, differentiable=case.differentiable)
+
+
+def _judged(
+    named: Checked, run: Callable[[], ValueAndGrads], naive: ValueAndGrads, truth: ValueAndGrads, slack: float
+) -> Checked:
+    place = (named.op, named.backend, named.dtype, named.shapes)
+    if named.backend == "triton" and named.dtype == "bfloat16" and os.environ.get("TRITON_INTERPRET") == "1":
+        return Checked(*place, cannot_run="the interpreter truncates bfloat16 stores")
+    try:
+        got = run()
+    except Exception as failure:  # one backend that fails must not hide what the others do
+        reason = f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}"
+        cannot = str(failure).startswith(f"backend {named.backend!r} of ")
+        return Checked(*place, cannot_run=str(failure)) if cannot else Checked(*place, problem=reason)
+    found = []
+    triples = zip(*((*x.values, *x.grads) for x in (naive, got, truth)), strict=True)
+    for k, (a, b, exact) in enumerate(triples):
+        if b.shape != exact.shape:
+            return Checked(*place, problem=f"tensor {k} has shape {list(b.shape)}, expected {list(exact.shape)}")
+        found.append((error(b, exact), error(a, exact) + slack * max(1.0, magnitude(exact))))
+    worst, allowed = max(found, key=lambda pair: pair[0] / pair[1])
+    return Checked(*place, error=worst, allowed=allowed, problem="disagrees" if worst > allowed else None)
+
+
+# Inputs
+
+
+def _head(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    n, d, v = (1937, 1024, 151936) if device == "cuda" else (7, 24, 509)
+    hidden, weight, target = linear_logprob_inputs(n, d, v, dtype=dtype, device=device)
+    target[1::5] = -100
+    return hidden, weight, target
+
+
+def _logits(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    n, v = (1937, 151936) if device == "cuda" else (7, 509)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, v, generator=generator).to(device, dtype), torch.arange(n, device=device) * 71 % v
+
+
+def _columns(device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """logprob, old, ref, advantage, weight, sampler, entropy; log-ratios are multiples of 1/64, off every border."""
+    total = 1_048_577 if device == "cuda" else 257
+    generator = torch.Generator().manual_seed(0)
+    old = (-192 * torch.rand(total, generator=generator)).round() / 64
+    logprob, ref, sampler = (old + (20 * torch.randn(total, generator=generator)).round() / 64 for _ in range(3))
+    advantage, entropy = torch.randn(2, total, generator=generator)
+    weight = (torch.arange(total) % 10 != 0).float()
+    columns = (logprob, old, ref, advantage, weight, sampler, entropy)
+    return tuple(x.to(device, dtype) for x in columns)
+
+
+def _sequences(device: str) -> Tensor:
+    lengths = [0, 1, 1023, 1024, 4097, 0] if device == "cuda" else [0, 1, 30, 17]
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
+
+
+def _scan(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    cu_seqlens = _sequences(device)
+    generator = torch.Generator().manual_seed(0)
+    x, decay = torch.randn(2, int(cu_seqlens[-1]), generator=generator)
+    return x.to(device, dtype), decay.tanh().to(device, dtype), cu_seqlens
+
+
+def _rewards_and_values(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    reward, value, cu_seqlens = _scan(device, dtype)
+    return reward, value, cu_seqlens, torch.arange(reward.numel(), device=device) % 4 != 1
+
+
+def _groups(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    size, groups = (16384, 1024) if device == "cuda" else (24, 5)
+    generator = torch.Generator().manual_seed(0)
+    reward = 100 + torch.randint(3, (size,), generator=generator) / 8
+    reward[::9] = torch.nan
+    return reward.to(device, dtype), torch.randint(groups, (size,), generator=generator).to(device)
+
+
+# Calls
+
+
+def _token_loss(hidden: Tensor, weight: Tensor, target: Tensor, *, backend: str) -> Tensor:
+    def loss_fn(logprob: Tensor, entropy: Tensor, rows: Tensor) -> Tensor:
+        return -logprob.clamp(min=-9.0) * (rows % 3 - 1) - 0.01 * entropy
+
+    return linear_token_loss(hidden, weight, target, loss_fn, backend=backend).loss
+
+
+def _objective(
+    logprob: Tensor,
+    old: Tensor,
+    ref: Tensor,
+    advantage: Tensor,
+    weight: Tensor,
+    sampler: Tensor,
+    entropy: Tensor,
+    *,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    got = token_objective(
+        logprob,
+        old,
+        ref,
+        advantage,
+        weight,
+        clip_high=0.28,
+        dual_clip=3.0,
+        kl_coef=0.05,
+        sampler_logprob=sampler,
+        entropy=entropy,
+        entropy_coef=0.01,
+        backend=backend,
+    )
+    return got.loss, got.d_logprob, got.ratio, got.kl
+
+
+HEAD_DTYPES = (torch.float32, torch.bfloat16)
+CASES = (
+    Case("linear_logprob", partial(linear_logprob, temperature=0.7), _head, (0, 1), HEAD_DTYPES),
+    Case("linear_token_loss", _token_loss, _head, (0, 1), HEAD_DTYPES),
+    Case("linear_cross_entropy", partial(linear_cross_entropy, label_smoothing=0.1), _head, (0, 1), HEAD_DTYPES),
+    Case("logits_logprob", partial(logits_logprob, temperature=0.7), _logits, (0,), HEAD_DTYPES),
+    Case("token_objective", _objective, _columns, (0, 6)),
+    Case("group_advantage", group_advantage, _groups, ()),
+    Case("reverse_scan", reverse_scan, _scan, (0, 1)),
+    Case("gae", gae, _rewards_and_values, ()),
+)
