@@ -16,6 +16,7 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter, process_time
@@ -23,10 +24,11 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from bench.__main__ import ROOT, provenance, write
 from bench.grpo_step_trl import MODES, TRLRun, trl_first_step
-from fastrl.recipes.grpo import learn, set_up
+from fastrl.recipes.grpo import learn
 from fastrl.report.journal import Journal
 from fastrl.report.log import METRICS_FILE
 from fastrl.train.collect import collect_round
@@ -34,6 +36,7 @@ from fastrl.train.config import GRPOConfig, ReportBlock
 from fastrl.train.export import save_pretrained
 from fastrl.train.model import load_tokenizer
 from fastrl.train.order import row_at
+from fastrl.train.policy_setup import set_up
 from fastrl.train.snapshot import Progress
 from fastrl.train.tiny import make_tiny_qwen3
 
@@ -275,10 +278,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the JSON lines")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    logging.disable_progress_bar()
     steps = -(-options.steps // BLOCK) * BLOCK
     has_trl = find_spec("trl") is not None
     if not has_trl:
         print("TRL is not installed (pip install 'trl==1.16.0'): measuring fastrl alone")
+    origin = provenance("cpu", quick=False) | {"seed": SEED}
+    origin["versions"] |= {name: version(name) for name in ("transformers", "trl") if name != "trl" or has_trl}
     records = []
     for label in options.case:
         print(f"\n{label}: {GROUPS} prompts x {GENERATIONS} completions x {LENGTH} tokens, {options.threads} threads")
@@ -287,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for mode in options.trl if has_trl else [None]:
             for record in measured(CASES[label], mode=mode, steps=steps):
                 print(_line(record), flush=True)
-                records.append({"row": "grpo_step", "shape": shape, **record, **provenance("cpu", quick=False)})
+                records.append({"row": "grpo_step", "shape": shape, **record, **origin})
             if mode is not None:
                 last = records[-1]
                 print(f"  fastrl: {last['times_faster']:.2f} x, in processor time {last['times_faster_cpu']:.2f} x")

@@ -112,7 +112,7 @@ def _trainer(
     rollout_func: Any = None,
 ) -> Any:
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer  # type: ignore[import-not-found]
 
     groups, generations, length = shape
     config = GRPOConfig(
