@@ -56,6 +56,8 @@ def make_tiny_qwen3(
                 parameter.fill_(1.0)
                 continue
             is_residual_output = name.endswith(("o_proj.weight", "down_proj.weight"))
-            parameter.normal_(0.0, deviation / (2 * layers) ** 0.5 if is_residual_output else deviation, generator=generator)
+            parameter.normal_(
+                0.0, deviation / (2 * layers) ** 0.5 if is_residual_output else deviation, generator=generator
+            )
     use_packed_attention(model, "sdpa")
     return model.eval()  # type: ignore[no-any-return]
