@@ -29,6 +29,21 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b)
 
 
+def mm_aligned(a: Tensor, b: Tensor) -> Tensor:
+    """`mm` into `aligned_rows`: odd vocabularies keep the fast paths of products and kernels."""
+    out = aligned_rows(a.shape[0], b.shape[1], accumulation_dtype(a), a.device)
+    if a.dtype == torch.bfloat16:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a, b, out=out)
+
+
+def aligned_rows(n: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Fresh memory [N, columns]; on CUDA rows start at multiples of 16 numbers and own what lies between them."""
+    if device.type != "cuda":
+        return torch.empty((n, columns), dtype=dtype, device=device)
+    return torch.empty((n, -(-columns // 16) * 16), dtype=dtype, device=device)[:, :columns]
+
+
 def addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b without a temporary of total's size; total is in the accumulation dtype."""
     if a.dtype == torch.bfloat16:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastrl.ops.gemm import accumulation_dtype, addmm_, mm, operand
+from fastrl.ops.gemm import accumulation_dtype, addmm_, mm_aligned, operand
 from fastrl.ops.logit_map import LogitMap
+from fastrl.ops.row_kernels import TORCH, RowKernels
+from fastrl.ops.token_stats import RowStats
 
 # Float32 logits of one chunk. Fewer rows read and write the weight's gradient more often; more rows need memory.
 CUDA_CHUNK_BYTES = 1 << 30
@@ -38,21 +40,33 @@ class HeadOperands:
         weight: [V, D] as `gemm.operand` gives it.
         bias: [V] in the accumulation dtype, or None.
         logit_map: of all N rows.
+        kernels: what works on its logits.
     """
 
     weight: Tensor
     bias: Tensor | None
     logit_map: LogitMap
+    kernels: RowKernels
 
     def raw(self, hidden: Tensor) -> Tensor:
         """hidden [C, D] operand -> [C, V] logits before the map, in the accumulation dtype; fresh memory."""
-        logits = mm(hidden, self.weight.t())
+        logits = mm_aligned(hidden, self.weight.t())
         return logits if self.bias is None else logits.add_(self.bias)
 
+    def stats(self, hidden: Tensor, target: Tensor, logit_map: LogitMap, *, with_mean: bool = False) -> RowStats:
+        """Statistics of hidden [C, D], target [C] whose logits nobody needs afterwards; logit_map is of these rows."""
+        found = self.kernels.product_stats(hidden, self.weight, self.bias, target, logit_map, with_mean=with_mean)
+        if found is not None:
+            return found
+        return self.kernels.stats(self.raw(hidden), target, logit_map, with_mean=with_mean)
 
-def head_operands(weight: Tensor, bias: Tensor | None, logit_map: LogitMap) -> HeadOperands:
+
+def head_operands(
+    weight: Tensor, bias: Tensor | None, logit_map: LogitMap, kernels: RowKernels = TORCH
+) -> HeadOperands:
     """The head of tensors as the caller has them."""
-    return HeadOperands(operand(weight), None if bias is None else bias.to(accumulation_dtype(weight)), logit_map)
+    wide_bias = None if bias is None else bias.to(accumulation_dtype(weight)).contiguous()
+    return HeadOperands(operand(weight), wide_bias, logit_map, kernels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +95,10 @@ class HeadGradient:
         self.weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs.weight else None
         self.bias = torch.zeros(weight.shape[0], dtype=dtype, device=weight.device) if needs.bias else None
 
+    def dtype(self, hidden: Tensor) -> torch.dtype:
+        """What `add` wants the chunk's gradient in: the operand's dtype, wider while d bias has yet to be summed."""
+        return hidden.dtype if self.bias is None else self.bias.dtype
+
     def add(self, head: HeadOperands, hidden: Tensor, rows: Tensor | slice, gradient: Tensor) -> None:
         """Add a chunk.
 
@@ -88,7 +106,7 @@ class HeadGradient:
             head: whose weight made the logits.
             hidden: [C, D] operand of the chunk.
             rows: their places in the N rows.
-            gradient: [C, V] d loss / d raw in the accumulation dtype.
+            gradient: [C, V] d loss / d raw in `dtype(hidden)`.
         """
         if self.bias is not None:
             self.bias.add_(gradient.sum(0))

@@ -12,10 +12,11 @@ from fastrl.ops.head import default_chunk_rows
 from fastrl.ops.linear_logprob import reference_logits
 from fastrl.ops.linear_token_loss import differentiated_pass
 from fastrl.ops.logit_map import LogitMap
+from fastrl.ops.row_kernels import row_kernels
 from fastrl.ops.single_pass import Plan
 from fastrl.ops.token_stats import RowStats, reference_stats
 
-_IMPLEMENTATIONS = Implementations("linear_cross_entropy")
+_IMPLEMENTATIONS = Implementations("linear_cross_entropy", triton="fastrl.kernels.token_stats")
 
 
 def linear_cross_entropy(
@@ -56,7 +57,7 @@ def linear_cross_entropy(
         valid_vocab: rows of weight from here on are padding and are no tokens.
         ignore_index: target id of tokens without a loss.
         chunk_rows: rows worked on at a time; None fits a memory budget. Changes rounding only.
-        backend: "reference" (N x V numbers, plain autograd) or "torch" (chunks); None: the machine's best.
+        backend: "reference" (N x V numbers, plain autograd), "torch" or "triton" (chunks); None: the machine's best.
 
     Returns:
         [] float32 (float64 for float64 inputs), differentiable once.
@@ -108,7 +109,7 @@ def linear_cross_entropy(
         return (row_weight[rows] * token_loss(stats, rows)).sum()
     size = chunk_rows or default_chunk_rows(hidden.shape[0], weight.shape[0], hidden.device)
     plan = Plan(token_loss, row_weight, 0.0, size, with_mean=label_smoothing > 0)
-    return differentiated_pass(hidden, weight, bias, target, logit_map, plan).loss
+    return differentiated_pass(hidden, weight, bias, target, logit_map, plan, row_kernels(chosen)).loss
 
 
 def _row_weight(token_weight: Tensor | None, target: Tensor, dtype: torch.dtype) -> Tensor:

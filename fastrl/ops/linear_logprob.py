@@ -18,19 +18,12 @@ from fastrl.ops.checks import check_chunk_rows, check_head, check_map, check_sha
 from fastrl.ops.gemm import accumulation_dtype, operand
 from fastrl.ops.head import HeadGradient, HeadOperands, Needs, chunks, default_chunk_rows, head_operands
 from fastrl.ops.logit_map import LogitMap
-from fastrl.ops.token_stats import (
-    RowGrads,
-    RowStats,
-    TokenStats,
-    cached_gradient,
-    reference_stats,
-    row_gradient_,
-    row_stats,
-)
+from fastrl.ops.row_kernels import RowKernels, row_kernels
+from fastrl.ops.token_stats import RowGrads, RowStats, TokenStats, reference_stats
 
 CACHE_GIB = 0.25  # small heads are never recomputed; a large one trades 2.3 GiB per 8192 rows x 151936 tokens
 
-_IMPLEMENTATIONS = Implementations("linear_logprob")
+_IMPLEMENTATIONS = Implementations("linear_logprob", triton="fastrl.kernels.token_stats")
 
 
 def linear_logprob(
@@ -45,6 +38,7 @@ def linear_logprob(
     valid_vocab: int | None = None,
     cache_gib: float | None = None,
     chunk_rows: int | None = None,
+    batch_invariant: bool = False,
     backend: str | None = None,
 ) -> TokenStats:
     """Log-probability of each target under a linear head, with the entropy and log-sum-exp of its distribution.
@@ -64,7 +58,11 @@ def linear_logprob(
         cache_gib: memory for probabilities kept from forward, so that their rows skip the logits product in
             backward; 0 keeps none, None 0.25. Kept in hidden's dtype; capped logits are never kept.
         chunk_rows: rows worked on at a time; None fits a memory budget. Changes rounding only.
-        backend: "reference" (N x V numbers, plain autograd) or "torch" (chunks); None: the machine's best.
+        batch_invariant: give a row the same bits in every batch: the statistics come out of a Triton product with
+            fixed tiles, never out of a product that may sum in another order for other N; nothing is cached. Triton
+            only, not for float64. Gradients are not batch-invariant: d weight sums over the batch.
+        backend: "reference" (N x V numbers, plain autograd), "torch" (chunks) or "triton" (chunks, whose elementwise
+            work is one read for the statistics and one read and one write for the gradient); None: the machine's best.
 
     Returns:
         TokenStats of [N] float32 (float64 for float64 inputs), each differentiable with respect to hidden, weight
@@ -95,7 +93,10 @@ def linear_logprob(
     check_chunk_rows(chunk_rows)
     if cache_gib is not None and cache_gib < 0:
         raise ValueError(f"cache_gib must not be negative, got {cache_gib}")
-    if choose(backend, hidden, _IMPLEMENTATIONS) == "reference":
+    if batch_invariant and hidden.dtype == torch.float64:
+        raise ValueError("batch_invariant is for float32, bfloat16 and float16, got torch.float64: cast with .float()")
+    chosen = choose(backend, hidden, _IMPLEMENTATIONS)
+    if chosen == "reference" and not batch_invariant:
         return reference(
             hidden,
             weight,
@@ -106,14 +107,15 @@ def linear_logprob(
             logit_scale=logit_scale,
             valid_vocab=valid_vocab,
         )
+    kernels = row_kernels(chosen, batch_invariant=batch_invariant)
     if valid_vocab is not None:
         weight, bias = weight[:valid_vocab], None if bias is None else bias[:valid_vocab]
     logit_map = LogitMap(logit_scale, softcap, temperature)
     size = chunk_rows or default_chunk_rows(hidden.shape[0], weight.shape[0], hidden.device)
     cache_bytes = int((CACHE_GIB if cache_gib is None else cache_gib) * 2**30)
-    if not torch.is_grad_enabled():
+    if batch_invariant or not torch.is_grad_enabled():
         cache_bytes = 0
-    return TokenStats(*_LinearLogprob.apply(hidden, weight, bias, target, logit_map, size, cache_bytes))
+    return TokenStats(*_LinearLogprob.apply(hidden, weight, bias, target, logit_map, size, cache_bytes, kernels))
 
 
 def reference(
@@ -152,23 +154,23 @@ class _LinearLogprob(torch.autograd.Function):
         logit_map: LogitMap,
         size: int,
         cache_bytes: int,
+        kernels: RowKernels,
     ) -> tuple[Tensor, Tensor, Tensor]:
         needs = Needs(*ctx.needs_input_grad[:3])
         room = 0 if logit_map.softcap is not None or not needs.any() else cache_bytes
         kept: list[Tensor] = []
         with torch.autocast(hidden.device.type, enabled=False):
-            head = head_operands(weight, bias, logit_map)
+            head = head_operands(weight, bias, logit_map, kernels)
             stats = hidden.new_empty((3, hidden.shape[0]), dtype=accumulation_dtype(hidden))
             for rows in chunks(hidden.shape[0], size):
-                raw = head.raw(operand(hidden[rows]))
-                of_chunk = row_stats(raw, target[rows], logit_map.rows(rows))
+                room -= (rows.stop - rows.start) * weight.shape[0] * hidden.element_size()
+                of_chunk, probability = _chunk_stats(head, hidden[rows], target[rows], rows, keep=room >= 0)
                 stats[:, rows] = torch.stack(of_chunk[:3])
-                room -= raw.numel() * hidden.element_size()
-                if room >= 0:
-                    kept.append(_probability(raw, of_chunk.lse, logit_map.rows(rows)).to(hidden.dtype))
+                if probability is not None:
+                    kept.append(probability)
         logprob, entropy, lse = stats.unbind()
         ctx.save_for_backward(hidden, weight, bias, target, stats, *kept)
-        ctx.logit_map, ctx.size, ctx.needs = logit_map, size, needs
+        ctx.logit_map, ctx.size, ctx.needs, ctx.kernels = logit_map, size, needs, kernels
         ctx.set_materialize_grads(False)
         return logprob.clone(), entropy.clone(), lse.clone()
 
@@ -177,7 +179,7 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, stats, *kept = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):
-            head = head_operands(weight, bias, ctx.logit_map)
+            head = head_operands(weight, bias, ctx.logit_map, ctx.kernels)
             total = HeadGradient(hidden, weight, ctx.needs)
             for i, rows in enumerate(chunks(hidden.shape[0], ctx.size)):
                 cached = kept[i] if i < len(kept) else None
@@ -186,12 +188,19 @@ class _LinearLogprob(torch.autograd.Function):
             None if grad is None else grad.to(x.dtype)
             for grad, x in zip(total.settled(hidden, weight, bias), (hidden, weight, bias), strict=True)
         )
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
-def _probability(raw: Tensor, lse: Tensor, logit_map: LogitMap) -> Tensor:
-    """Softmax of a chunk whose lse is known, in raw's memory when the map is the identity."""
-    return logit_map.apply(raw).sub_(lse[:, None]).exp_()
+def _chunk_stats(
+    head: HeadOperands, hidden: Tensor, target: Tensor, rows: slice, *, keep: bool
+) -> tuple[RowStats, Tensor | None]:
+    """Statistics of a chunk and, to keep, its probabilities in hidden's dtype."""
+    logit_map = head.logit_map.rows(rows)
+    if not keep:
+        return head.stats(operand(hidden), target, logit_map), None
+    raw = head.raw(operand(hidden))
+    stats = head.kernels.stats(raw, target, logit_map)
+    return stats, head.kernels.probability(raw, stats.lse, logit_map, hidden.dtype)
 
 
 def _add_chunk(
@@ -211,13 +220,13 @@ def _add_chunk(
     index = active.nonzero()[:, 0]
     if len(index) == 0:
         return
-    if len(index) < rows.stop - rows.start:
-        cached = None if cached is None else cached[index]
-    index = index + rows.start
-    chunk = operand(hidden[index])
-    of_rows = (target[index], stats.rows(index), grads.rows(index), head.logit_map.rows(index))
+    compact = index if len(index) < rows.stop - rows.start else None
+    places = rows if compact is None else index + rows.start
+    chunk = operand(hidden[places])
+    of_rows = (target[places], stats.rows(places), grads.rows(places), head.logit_map.rows(places))
+    dtype = total.dtype(chunk)
     if cached is None:
-        gradient = row_gradient_(head.raw(chunk), *of_rows)
+        gradient = head.kernels.gradient(head.raw(chunk), *of_rows, dtype=dtype)
     else:
-        gradient = cached_gradient(cached, *of_rows)
-    total.add(head, chunk, index, gradient)
+        gradient = head.kernels.cached_gradient(cached, *of_rows, dtype=dtype, index=compact)
+    total.add(head, chunk, places, gradient)

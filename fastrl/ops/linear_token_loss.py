@@ -18,13 +18,14 @@ from fastrl.ops.gemm import accumulation_dtype
 from fastrl.ops.head import Needs, default_chunk_rows, head_operands
 from fastrl.ops.linear_logprob import reference_logits
 from fastrl.ops.logit_map import LogitMap
+from fastrl.ops.row_kernels import RowKernels, row_kernels
 from fastrl.ops.single_pass import Plan, single_pass
 from fastrl.ops.token_stats import TokenStats, reference_stats
 
 # logprob [C], entropy [C], rows [C] int64 -> loss [C]
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-_IMPLEMENTATIONS = Implementations("linear_token_loss")
+_IMPLEMENTATIONS = Implementations("linear_token_loss", triton="fastrl.kernels.token_stats")
 
 
 class TokenLoss(NamedTuple):
@@ -80,7 +81,7 @@ def linear_token_loss(
             their bounds stays within this share of their chunk's. A row's bound of sum_v |d loss / d logit_v| is
             (2 |d logprob| (1 - p) + 2 |d entropy| entropy) |logit_scale| / temperature. 0 leaves out zeros only.
         chunk_rows: rows worked on at a time; None fits a memory budget. Changes rounding only.
-        backend: "reference" (N x V numbers, plain autograd) or "torch" (chunks); None: the machine's best.
+        backend: "reference" (N x V numbers, plain autograd), "torch" or "triton" (chunks); None: the machine's best.
 
     Returns:
         TokenLoss. The loss is float32 (float64 for float64 inputs).
@@ -114,7 +115,8 @@ def linear_token_loss(
     check_chunk_rows(chunk_rows)
     if not 0 <= skip_tolerance < 1:
         raise ValueError(f"skip_tolerance must be in [0, 1), got {skip_tolerance}")
-    if choose(backend, hidden, _IMPLEMENTATIONS) == "reference":
+    chosen = choose(backend, hidden, _IMPLEMENTATIONS)
+    if chosen == "reference":
         return reference(
             hidden,
             weight,
@@ -136,7 +138,7 @@ def linear_token_loss(
         chunk_rows=chunk_rows or default_chunk_rows(hidden.shape[0], weight.shape[0], hidden.device),
     )
     logit_map = LogitMap(logit_scale, softcap, temperature)
-    return differentiated_pass(hidden, weight, bias, target, logit_map, plan)
+    return differentiated_pass(hidden, weight, bias, target, logit_map, plan, row_kernels(chosen))
 
 
 def reference(
@@ -166,17 +168,23 @@ def reference(
 
 
 def differentiated_pass(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, logit_map: LogitMap, plan: Plan
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    logit_map: LogitMap,
+    plan: Plan,
+    kernels: RowKernels,
 ) -> TokenLoss:
     """`single_pass` as a differentiable function; when nothing wants a gradient, only its 2 N D V operations."""
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     with torch.autocast(hidden.device.type, enabled=False):
         if not any(wanted):
-            head = head_operands(weight, bias, logit_map)
+            head = head_operands(weight, bias, logit_map, kernels)
             loss, stats, skipped_bound, _ = single_pass(hidden, target, head, Needs(False, False, False), plan)
             return TokenLoss(loss, stats, skipped_bound)
         loss, logprob, entropy, lse, skipped_bound = _SinglePass.apply(
-            hidden, weight, bias, target, logit_map, plan, Needs(*wanted)
+            hidden, weight, bias, target, logit_map, plan, kernels, Needs(*wanted)
         )
         return TokenLoss(loss, TokenStats(logprob, entropy, lse), skipped_bound)
 
@@ -193,9 +201,10 @@ class _SinglePass(torch.autograd.Function):
         target: Tensor,
         logit_map: LogitMap,
         plan: Plan,
+        kernels: RowKernels,
         needs: Needs,
     ) -> tuple[Tensor, ...]:
-        head = head_operands(weight, bias, logit_map)
+        head = head_operands(weight, bias, logit_map, kernels)
         loss, stats, skipped_bound, total = single_pass(hidden, target, head, needs, plan)
         assert total is not None
         ctx.save_for_backward(*total.settled(hidden, weight, bias))
@@ -208,9 +217,9 @@ class _SinglePass(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 7
+            return (None,) * 8
         grads = (
             None if grad is None else (grad * grad_loss).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None

@@ -13,9 +13,10 @@ from fastrl.ops.checks import check_chunk_rows, check_map, check_shapes, check_t
 from fastrl.ops.gemm import accumulation_dtype
 from fastrl.ops.head import chunks, default_chunk_rows
 from fastrl.ops.logit_map import LogitMap
-from fastrl.ops.token_stats import RowGrads, RowStats, TokenStats, reference_stats, row_gradient_, row_stats
+from fastrl.ops.row_kernels import RowKernels, row_kernels
+from fastrl.ops.token_stats import RowGrads, RowStats, TokenStats, reference_stats
 
-_IMPLEMENTATIONS = Implementations("logits_logprob")
+_IMPLEMENTATIONS = Implementations("logits_logprob", triton="fastrl.kernels.token_stats")
 
 
 def logits_logprob(
@@ -73,7 +74,7 @@ def logits_logprob(
     if chosen == "reference":
         return reference_stats(logit_map.apply(logits.to(accumulation_dtype(logits))), target)
     size = chunk_rows or default_chunk_rows(logits.shape[0], logits.shape[1], logits.device)
-    return TokenStats(*_LogitsLogprob.apply(logits, target, logit_map, size))
+    return TokenStats(*_LogitsLogprob.apply(logits, target, logit_map, size, row_kernels(chosen)))
 
 
 def reference(
@@ -95,16 +96,15 @@ class _LogitsLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, logit_map: LogitMap, size: int
+        ctx: Any, logits: Tensor, target: Tensor, logit_map: LogitMap, size: int, kernels: RowKernels
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = accumulation_dtype(logits)
-        stats = logits.new_empty((3, logits.shape[0]), dtype=dtype)
+        stats = logits.new_empty((3, logits.shape[0]), dtype=accumulation_dtype(logits))
         for rows in chunks(logits.shape[0], size):
-            of_rows = row_stats(logits[rows].to(dtype), target[rows], logit_map.rows(rows))
+            of_rows = kernels.stats(logits[rows], target[rows], logit_map.rows(rows))
             stats[:, rows] = torch.stack(of_rows[:3])
         logprob, entropy, lse = stats.unbind()
         ctx.save_for_backward(logits, target, stats)
-        ctx.logit_map, ctx.size = logit_map, size
+        ctx.logit_map, ctx.size, ctx.kernels = logit_map, size, kernels
         ctx.set_materialize_grads(False)
         return logprob.clone(), entropy.clone(), lse.clone()
 
@@ -113,10 +113,8 @@ class _LogitsLogprob(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, target, stats = ctx.saved_tensors
         of_all, grads = RowStats(*stats.unbind()), RowGrads(*upstream)
-        gradient = torch.empty_like(logits)
+        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         for rows in chunks(logits.shape[0], ctx.size):
-            raw = logits[rows].to(stats.dtype, copy=True)
-            gradient[rows] = row_gradient_(
-                raw, target[rows], of_all.rows(rows), grads.rows(rows), ctx.logit_map.rows(rows)
-            )
-        return gradient, None, None, None
+            of_rows = (target[rows], of_all.rows(rows), grads.rows(rows), ctx.logit_map.rows(rows))
+            ctx.kernels.gradient(logits[rows], *of_rows, dtype=gradient.dtype, out=gradient[rows])
+        return gradient, None, None, None, None

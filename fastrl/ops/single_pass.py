@@ -17,7 +17,7 @@ from torch.autograd.graph import Node
 from fastrl.ops.gemm import accumulation_dtype, operand
 from fastrl.ops.head import HeadGradient, HeadOperands, Needs, chunks
 from fastrl.ops.logit_map import LogitMap
-from fastrl.ops.token_stats import RowGrads, RowStats, TokenStats, row_gradient_, row_stats
+from fastrl.ops.token_stats import RowGrads, RowStats, TokenStats
 
 # statistics of a chunk (leaves when a gradient is wanted), rows [C] int64 -> unweighted loss [C]
 ChunkLoss = Callable[[RowStats, Tensor], Tensor]
@@ -60,17 +60,25 @@ def single_pass(hidden: Tensor, target: Tensor, head: HeadOperands, needs: Needs
     loss, skipped_bound, stats = zeros[0].sum(), zeros[1].sum(), zeros[2:]
     total = HeadGradient(hidden, head.weight, needs) if needs.any() else None
     for rows in _trained_chunks(plan, hidden):
-        chunk = operand(hidden[rows])
-        logit_map = head.logit_map.rows(rows)
-        raw = head.raw(chunk)
-        of_rows = row_stats(raw, target[rows], logit_map, with_mean=plan.with_mean)
+        of_rows, value, bound = _one_chunk(plan, head, operand(hidden[rows]), target[rows], rows, total)
         stats[:, rows] = torch.stack(of_rows[:3])
-        value, grads = _weighted_loss(plan, of_rows, rows, differentiate=total is not None)
         loss = loss + value
-        if total is not None:
-            bound = _add_gradient(total, head, raw, chunk, rows, target[rows], of_rows, grads, plan.skip_tolerance)
-            skipped_bound = skipped_bound + bound
+        skipped_bound = skipped_bound + bound
     return PassResult(loss, TokenStats(*stats.unbind()), skipped_bound, total)
+
+
+def _one_chunk(
+    plan: Plan, head: HeadOperands, chunk: Tensor, target: Tensor, rows: slice | Tensor, total: HeadGradient | None
+) -> tuple[RowStats, Tensor, Tensor | float]:
+    """Statistics, weighted loss and skipped bound of a chunk; its logits do not outlive the call."""
+    logit_map = head.logit_map.rows(rows)
+    if total is None:
+        stats = head.stats(chunk, target, logit_map, with_mean=plan.with_mean)
+        return stats, _weighted_loss(plan, stats, rows, differentiate=False)[0], 0.0
+    raw = head.raw(chunk)
+    stats = head.kernels.stats(raw, target, logit_map, with_mean=plan.with_mean)
+    value, grads = _weighted_loss(plan, stats, rows, differentiate=True)
+    return stats, value, _add_gradient(total, head, raw, chunk, rows, target, stats, grads, plan.skip_tolerance)
 
 
 def _trained_chunks(plan: Plan, hidden: Tensor) -> Iterator[slice | Tensor]:
@@ -146,11 +154,13 @@ def _add_gradient(
     index = kept.nonzero()[:, 0]
     if len(index) == 0:
         return bound
+    compact = None
     if len(index) < len(kept):
-        raw, chunk, target, stats, grads = raw[index], chunk[index], target[index], stats.rows(index), grads.rows(index)
+        compact, chunk, target, stats, grads = index, chunk[index], target[index], stats.rows(index), grads.rows(index)
         logit_map = logit_map.rows(index)
         rows = rows[index] if isinstance(rows, Tensor) else index + rows.start
-    total.add(head, chunk, rows, row_gradient_(raw, target, stats, grads, logit_map))
+    gradient = head.kernels.gradient(raw, target, stats, grads, logit_map, dtype=total.dtype(chunk), index=compact)
+    total.add(head, chunk, rows, gradient)
     return bound
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastrl.ops.gemm import accumulation_dtype
 from fastrl.ops.logit_map import LogitMap
 
 # log p below this counts as this: exp gives an exact 0 in float64 too, so p log p is 0 and never 0 x -inf.
@@ -77,7 +78,11 @@ def reference_stats(z: Tensor, target: Tensor) -> TokenStats:
 
 
 def row_stats(raw: Tensor, target: Tensor, logit_map: LogitMap, *, with_mean: bool = False) -> RowStats:
-    """raw [C, V] logits before the map, target [C] -> RowStats; raw is read only, two [C, V] temporaries at most."""
+    """raw [C, V] logits before the map, target [C] -> RowStats; raw is read only, two [C, V] temporaries at most.
+
+    16-bit logits are upcast first: one more temporary.
+    """
+    raw = raw.to(accumulation_dtype(raw))
     z = logit_map.apply(raw)
     mean = z.mean(-1) if with_mean else None
     top = z.amax(-1, keepdim=True)
