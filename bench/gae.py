@@ -31,7 +31,7 @@ register(
         name="gae",
         make_inputs=gae_inputs,
         spec=partial(gae, backend="reference"),
-        contenders={name: partial(gae, backend=name) for name in ("torch", "native")},
+        contenders={name: partial(gae, backend=name) for name in ("torch", "native", "triton")},
         shapes=SHAPES,
         quick_shapes=QUICK_SHAPES,
         differentiable=(),

@@ -30,6 +30,7 @@ register(
             "torch": partial(group_advantage, backend="torch"),
             "loop over groups": partial(group_advantage, backend="reference"),
             "native": partial(group_advantage, backend="native"),
+            "triton": partial(group_advantage, backend="triton"),
         },
         shapes={"128 x 8": (1024, 8), "1024 x 16": (16384, 16)},
         quick_shapes={"8 x 8": (64, 8), "128 x 8": (1024, 8)},

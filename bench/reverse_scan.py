@@ -38,7 +38,7 @@ register(
         name="reverse_scan",
         make_inputs=scan_inputs,
         spec=partial(reverse_scan, backend="reference"),
-        contenders={name: partial(reverse_scan, backend=name) for name in ("torch", "native")},
+        contenders={name: partial(reverse_scan, backend=name) for name in ("torch", "native", "triton")},
         shapes=SHAPES,
         quick_shapes=QUICK_SHAPES,
     )

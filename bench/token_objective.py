@@ -43,6 +43,7 @@ register(
             "autograd": reference,
             "torch": closed_form,
             "torch, compiled": torch.compile(closed_form, dynamic=True),
+            "triton": partial(loss_and_derivative, backend="triton"),
         },
         shapes={"128k tokens": (131072,), "1M tokens": (1048576,)},
         quick_shapes={"4k tokens": (4096,), "32k tokens": (32768,)},

@@ -35,20 +35,21 @@ def forward(
     advantage, returns = torch.empty_like(reward), torch.empty_like(reward)
     block, num_warps = fitted(tile, reward.numel())
     if reward.numel():
-        _gae[(cu_seqlens.numel() - 1,)](
-            reward,
-            value,
-            cu_seqlens,
-            trained,
-            advantage,
-            returns,
-            GAMMA=gamma,
-            LAM=lam,
-            SKIP=skip,
-            BLOCK=block,
-            num_warps=num_warps,
-            **ROUNDING,
-        )
+        with torch.cuda.device_of(reward):
+            _gae[(cu_seqlens.numel() - 1,)](
+                reward,
+                value,
+                cu_seqlens,
+                trained,
+                advantage,
+                returns,
+                GAMMA=gamma,
+                LAM=lam,
+                SKIP=skip,
+                BLOCK=block,
+                num_warps=num_warps,
+                **ROUNDING,
+            )
     return advantage, returns
 
 

@@ -42,25 +42,26 @@ def forward(
     in_order, order = group.sort(stable=True)
     batch_std = torch.empty(1, dtype=torch.float64, device=reward.device)
     block, num_warps = tile
-    if scale == 2:
-        _batch_deviation[(1,)](
-            reward, order, batch_std, reward.numel(), DDOF=ddof, BLOCK=block, num_warps=num_warps, **ROUNDING
+    with torch.cuda.device_of(reward):
+        if scale == 2:
+            _batch_deviation[(1,)](
+                reward, order, batch_std, reward.numel(), DDOF=ddof, BLOCK=block, num_warps=num_warps, **ROUNDING
+            )
+        _one_group[(reward.numel(),)](
+            reward,
+            in_order,
+            order,
+            batch_std,
+            advantage,
+            reward.numel(),
+            BASELINE=baseline,
+            SCALE=scale,
+            DDOF=ddof,
+            EPS=eps,
+            BLOCK=block,
+            num_warps=num_warps,
+            **ROUNDING,
         )
-    _one_group[(reward.numel(),)](
-        reward,
-        in_order,
-        order,
-        batch_std,
-        advantage,
-        reward.numel(),
-        BASELINE=baseline,
-        SCALE=scale,
-        DDOF=ddof,
-        EPS=eps,
-        BLOCK=block,
-        num_warps=num_warps,
-        **ROUNDING,
-    )
     return advantage
 
 

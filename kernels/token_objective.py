@@ -59,27 +59,28 @@ def forward(
     facts = [torch.empty(logprob.shape, dtype=torch.bool, device=logprob.device) for _ in range(4)]
     block, num_warps = tile or (TILE_FLOAT64 if dtype == torch.float64 else TILES[0])
     if logprob.numel():
-        _objective[(triton.cdiv(logprob.numel(), block),)](
-            *columns,
-            *numbers,
-            *facts,
-            logprob.numel(),
-            kl_coef,
-            entropy_coef,
-            CLIP_LOW=clip_low,
-            CLIP_HIGH=clip_high,
-            DUAL_CLIP=dual_clip,
-            DELTA=delta,
-            KL=kl,
-            KL_GRADIENT=kl_gradient,
-            CORRECTION_CAP=correction_cap,
-            CORRECTION_LOW=correction_low,
-            CORRECTION_HIGH=correction_high,
-            CLAMP=log_ratio_clamp,
-            BLOCK=block,
-            num_warps=num_warps,
-            **ROUNDING,
-        )
+        with torch.cuda.device_of(logprob):
+            _objective[(triton.cdiv(logprob.numel(), block),)](
+                *columns,
+                *numbers,
+                *facts,
+                logprob.numel(),
+                kl_coef,
+                entropy_coef,
+                CLIP_LOW=clip_low,
+                CLIP_HIGH=clip_high,
+                DUAL_CLIP=dual_clip,
+                DELTA=delta,
+                KL=kl,
+                KL_GRADIENT=kl_gradient,
+                CORRECTION_CAP=correction_cap,
+                CORRECTION_LOW=correction_low,
+                CORRECTION_HIGH=correction_high,
+                CLAMP=log_ratio_clamp,
+                BLOCK=block,
+                num_warps=num_warps,
+                **ROUNDING,
+            )
     loss, d_logprob, ratio, value = numbers
     low, high, dual, nonfinite = facts
     return loss, d_logprob, ratio, value, low, high, dual, nonfinite

@@ -7,7 +7,7 @@ a slack. Shapes are small on a CPU and real on a GPU.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -75,9 +75,9 @@ class Checked:
     problem: str | None = None
 
 
-def check(device: str) -> Iterator[Checked]:
-    """One record per op, dtype and backend, as they are made; `device` is "cpu" or "cuda"."""
-    for case in CASES:
+def check(device: str, cases: Sequence[Case] | None = None) -> Iterator[Checked]:
+    """One record per op, dtype and backend, as they are made; `device` is "cpu" or "cuda", None means all CASES."""
+    for case in CASES if cases is None else cases:
         for dtype in case.dtypes:
             inputs = case.inputs(device, dtype)
             run = partial(_run, case, inputs)

@@ -1,0 +1,125 @@
+"""The GPU session survives children that crash, hang or write half a line, ends in time, and names the fastest tile."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import gpu_session
+from bench.tune import best, timed
+
+CHILD = """
+import json, os, sys, time
+skip, path = int(sys.argv[1]), sys.argv[2]
+with open(path, "a", buffering=1) as file:
+    file.write("\\n")
+    for number, what in enumerate({script!r}):
+        if number < skip:
+            continue
+        file.write(json.dumps({{"item": what, "item_number": number}}) + "\\n")
+        if what == "crash":
+            file.write('{{"half": ')
+            file.flush()
+            os._exit(7)
+        if what == "hang":
+            time.sleep(60)
+        file.write(json.dumps({{"value": number}}) + "\\n")
+"""
+
+
+def run(script: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, seconds: float = 30) -> dict[str, Any]:
+    """A stage whose children follow the script."""
+    real = gpu_session._start
+
+    def start(command: list[str], environment: dict[str, str], log: Any) -> Any:
+        skip = command[command.index("--skip") + 1]
+        code = CHILD.format(script=script)
+        return real([sys.executable, "-S", "-c", code, skip, str(tmp_path / "check.jsonl")], environment, log)
+
+    monkeypatch.setattr(gpu_session, "_start", start)
+    (tmp_path / "check.jsonl").write_text("")
+    with (tmp_path / "log.txt").open("w") as log:
+        return gpu_session.items("check", tmp_path, time.monotonic() + seconds, log, dict(os.environ), True)
+
+
+def values(tmp_path: Path) -> list[int]:
+    return [x["value"] for x in gpu_session._records(tmp_path / "check.jsonl") if "value" in x]
+
+
+def test_a_child_that_crashes_is_replaced_and_the_next_item_is_done(tmp_path, monkeypatch):
+    done = run(["ok", "crash", "ok", "crash", "ok"], tmp_path, monkeypatch)
+    assert values(tmp_path) == [0, 2, 4]
+    assert done["finished"]
+
+
+def test_a_child_that_hangs_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_session, "SILENCE", 2.0)
+    done = run(["ok", "hang", "ok"], tmp_path, monkeypatch)
+    assert values(tmp_path) == [0, 2]
+    assert done["finished"]
+
+
+def test_a_stage_ends_in_time_and_says_that_it_is_not_finished(tmp_path, monkeypatch):
+    begin = time.monotonic()
+    done = run(["ok", "hang"], tmp_path, monkeypatch, seconds=2.0)
+    assert time.monotonic() - begin < 10
+    assert (done["finished"], done["ok"]) == (False, False)
+    assert values(tmp_path) == [0]
+
+
+def test_a_child_that_cannot_start_is_given_up_after_three_tries(tmp_path, monkeypatch):
+    starts = []
+    real = gpu_session._start
+
+    def start(command: list[str], environment: dict[str, str], log: Any) -> Any:
+        starts.append(command)
+        return real([sys.executable, "-S", "-c", "raise SystemExit(5)"], environment, log)
+
+    monkeypatch.setattr(gpu_session, "_start", start)
+    (tmp_path / "check.jsonl").write_text("")
+    with (tmp_path / "log.txt").open("w") as log:
+        done = gpu_session.items("check", tmp_path, time.monotonic() + 30, log, dict(os.environ), True)
+    assert len(starts) == 3
+    assert not done["finished"]
+
+
+def test_the_fastest_candidate_of_each_shape_wins_and_failures_do_not():
+    def record(candidate: str, **rest: Any) -> dict[str, Any]:
+        return {"architecture": "sm_90", "kernel": "gae", "shape": {"longest": 8}, "candidate": candidate, **rest}
+
+    found = best([record("a", milliseconds=2.0), record("b", milliseconds=1.0), record("c", failed="OutOfResources")])
+    assert found == {"sm_90 gae longest=8": {"best": "b", "milliseconds": {"a": 2.0, "b": 1.0}}}
+
+
+def test_a_candidate_that_cannot_run_is_recorded_beside_those_that_can():
+    from bench.tune import Job
+
+    def broken() -> None:
+        raise RuntimeError("out of resource: shared memory")
+
+    job = Job("gae", {"longest": 8}, lambda device, small: {"fits": lambda: None, "does not": broken})
+    fits, does_not = timed(job, "cpu", small=True)
+    assert fits["milliseconds"] >= 0
+    assert "shared memory" in does_not["failed"]
+
+
+def test_the_telling_rows_come_first_and_exist():
+    ordered = gpu_session._ordered("cuda")
+    assert tuple(ordered[: len(gpu_session.FIRST)]) == gpu_session.FIRST
+    assert len(ordered) == len(set(ordered))
+
+
+def test_every_line_of_a_session_runs_on_a_cpu(tmp_path, monkeypatch):
+    # The stages themselves are too slow here; `--dry-run` runs them. Their order, shares and files are not.
+    monkeypatch.setattr(gpu_session, "tests", lambda *_: {"ok": True})
+    monkeypatch.setattr(gpu_session, "items", lambda stage, *_: {"ok": stage != "bench"})
+    assert gpu_session.session(tmp_path, 20.0, dry=True) == 1
+    summary = json.loads((tmp_path / "session.json").read_text())
+    assert list(summary["stages"]) == ["tests", "check", "bench", "tune"]
+    assert json.loads((tmp_path / "tuned.json").read_text()) == {}
