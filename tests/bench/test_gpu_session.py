@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,14 +110,22 @@ def test_a_candidate_that_cannot_run_is_recorded_beside_those_that_can():
     assert "shared memory" in does_not["failed"]
 
 
-def test_the_telling_rows_come_first_and_exist():
-    ordered = gpu_session._ordered("cuda")
-    assert tuple(ordered[: len(gpu_session.FIRST)]) == gpu_session.FIRST
-    assert len(ordered) == len(set(ordered))
+def test_the_telling_rows_come_first_and_each_row_once(monkeypatch):
+    monkeypatch.setattr(gpu_session, "FIRST", (("b", "small"), ("gone", "small")))
+    rows = {name: SimpleNamespace(shapes={"large": (2,), "small": (1,)}) for name in ("a", "b")}
+    monkeypatch.setattr("bench.registry.all_rows", lambda: rows)
+    assert gpu_session._ordered("cuda") == [("b", "small"), ("a", "large"), ("a", "small"), ("b", "large")]
 
 
-def test_every_line_of_a_session_runs_on_a_cpu(tmp_path, monkeypatch):
-    # The stages themselves are too slow here; `--dry-run` runs them. Their order, shares and files are not.
+def test_the_telling_rows_exist():
+    sources = "".join(path.read_text() for path in Path(gpu_session.__file__).parent.glob("*.py"))
+    for name, shape in (*gpu_session.FIRST, *((name, "") for name in gpu_session.DRY_ROWS)):
+        assert f'name="{name}"' in sources
+        assert f'"{shape}' in sources  # shapes of several rows are listed once
+
+
+def test_a_finding_of_any_stage_is_the_session_s(tmp_path, monkeypatch):
+    # The stages themselves are too slow here; `--dry-run` runs them.
     monkeypatch.setattr(gpu_session, "tests", lambda *_: {"ok": True})
     monkeypatch.setattr(gpu_session, "items", lambda stage, *_: {"ok": stage != "bench"})
     assert gpu_session.session(tmp_path, 20.0, dry=True) == 1
