@@ -64,7 +64,7 @@ class KernelsBlock:
     """Which implementation of the ops runs.
 
     Attributes:
-        backend: "torch", "native" or "triton" for every op; None lets each op choose.
+        backend: "torch", "native" or "triton" for all that is computed over the head; None lets each op choose.
         chunk_rows: rows of the head's logits alive at once; None chooses by a memory budget.
         skip_tolerance: share of the gradient that certified skipping may leave out; 0 is exact.
     """

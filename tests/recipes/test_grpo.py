@@ -67,7 +67,7 @@ def test_two_steps_feed_the_backbone_no_more_than_they_must(
     monkeypatch.setattr(policy_setup, "load_model", counted)
     lines = run_grpo(base, tmp_path / "run", max_steps=2, **changes)
     assert column(lines, "skipped_step") == [0.0, 0.0]
-    assert passes == [policy, reference] if reference else [policy]
+    assert passes == ([policy, reference] if reference else [policy])
 
 
 def test_completions_without_signal_never_reach_the_backbone(base: Base, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_epochs_tokens_and_seconds_add_up(base: Base, tmp_path: Path) -> None:
     tokens = column(lines, "num_tokens")
     assert tokens[0] == tokens[1] < tokens[2] == tokens[3]
     completions = column(lines, "completions/mean_length")
-    assert tokens[0] == 8 * (7 + completions[0])  # "<user>12+34<assistant>" has 7 tokens
+    assert tokens[0] == 8 * (8 + completions[0])  # "<user>839201<assistant>" has 8 tokens
     for line in lines:
         seconds = sum(value for name, value in line.items() if name.startswith("time/"))
         assert line["step_time"] == pytest.approx(seconds)

@@ -134,18 +134,19 @@ SFT_VARIANTS: dict[str, dict[str, Any]] = {
 def test_sft_stopped_after_any_step_resumes_bit_for_bit(
     base: Base, tmp_path: Path, variant: str, stop: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {"save_steps": 2, "eval_dataset": str(base.files.sft), **SFT_VARIANTS[variant]}
+    changes = {"save_steps": 3, "eval_dataset": str(base.files.sft), **SFT_VARIANTS[variant]}
     assert sft.run(sft_config(base, tmp_path / "whole", **changes)) == 0
     config = sft_config(base, tmp_path / "stopped", **changes)
     with monkeypatch.context() as stopping:
-        after_call(stopping, sft, "update", number=3, do=stop)
+        after_call(stopping, sft, "update", number=5, do=stop)
         if stop is cut_power:
             with pytest.raises(PowerCutError):
                 sft.run(config)
         else:
             assert sft.run(config) == EXIT_INTERRUPTED
-    newest = 2 if stop is cut_power else 3
-    assert (tmp_path / "stopped" / f"checkpoint-{newest}").is_dir()
+    newest = 3 if stop is cut_power else 5
+    saved = sorted(path.name for path in (tmp_path / "stopped").glob("checkpoint-*"))
+    assert saved == sorted({"checkpoint-3", f"checkpoint-{newest}"})
     assert not (tmp_path / "stopped" / "model").exists()
     assert sft.run(resumed(config)) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "stopped", checkpoint=6)
