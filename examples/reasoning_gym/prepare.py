@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastrl.rewards import reasoning_gym_rows
 
-TWO_NUMBERS_OF_TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
+ONE_ANIMAL = {"min_animals": 1, "max_animals": 1}
 
 
 def split_rows(
@@ -43,11 +43,11 @@ def split_rows(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write train.jsonl and held_out.jsonl."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--task", default="chain_sum", help="a name of reasoning-gym")
-    parser.add_argument("--config", default=json.dumps(TWO_NUMBERS_OF_TWO_DIGITS), help="the task's parameters as JSON")
+    parser.add_argument("--task", default="leg_counting", help="a name of reasoning-gym")
+    parser.add_argument("--config", default=json.dumps(ONE_ANIMAL), help="the task's parameters as JSON")
     parser.add_argument("--output_dir", default="runs/reasoning_gym")
-    parser.add_argument("--n_train", type=int, default=4000)
-    parser.add_argument("--n_held_out", type=int, default=250)
+    parser.add_argument("--n_train", type=int, default=3000)
+    parser.add_argument("--n_held_out", type=int, default=100)
     options = parser.parse_args(arguments)
 
     try:
