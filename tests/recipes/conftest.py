@@ -1,4 +1,4 @@
-"""One tiny untrained model and the addition task's files, shared by all recipe tests."""
+"""One tiny untrained model and the sorting task's files, shared by all recipe tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastrl.recipes.addition import make_tokenizer, write_task
+from fastrl.recipes.sorting import make_tokenizer, write_task
 from fastrl.train.export import save_pretrained
 from fastrl.train.tiny import make_tiny_qwen3
 from tests.recipes.runs import Base
@@ -26,7 +26,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
         pad_token_id=tokenizer.pad_token_id,
     )
     save_pretrained(model, tokenizer, folder / "model", card="random")
-    return Base(folder / "model", write_task(folder / "data", seed=0, n_sft=40, n_held_out=12))
+    return Base(folder / "model", write_task(folder / "data", seed=0, n_sft=40, n_prompts=9988, n_held_out=12))
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastrl.recipes import grpo
-from fastrl.recipes.addition import TaskFiles
+from fastrl.recipes.sorting import TaskFiles
 from fastrl.report import read_log
 from fastrl.train.config import DataBlock, GRPOConfig, ReportBlock, SFTConfig
 

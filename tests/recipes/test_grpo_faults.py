@@ -113,11 +113,11 @@ def test_bad_rows_are_set_aside_once_with_their_reasons(base: Base, tmp_path: Pa
 
 def test_sequences_that_will_not_fit_are_refused_before_the_first_step(base: Base, tmp_path: Path) -> None:
     for changes, message in (
-        ({"packing": PackingBlock(token_budget=11)}, "may take 12 positions, and packing.token_budget is 11"),
+        ({"packing": PackingBlock(token_budget=11)}, "may take 13 positions, and packing.token_budget is 11"),
         ({"data": DataBlock(max_rows=4, system_prompt="1" * 60)}, "leaves no room to sample in the model's context"),
     ):
         with pytest.raises(ValueError, match=message):
             grpo.run(grpo_config(base, tmp_path / "run", **changes))
     run_grpo(
-        base, tmp_path / "run", packing=PackingBlock(token_budget=12), max_steps=1
+        base, tmp_path / "run", packing=PackingBlock(token_budget=13), max_steps=1
     )  # the directory was not used up

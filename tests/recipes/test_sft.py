@@ -141,9 +141,9 @@ def test_bad_rows_are_set_aside_and_the_run_goes_on(base: Base, tmp_path: Path) 
 
 
 def test_long_rows_are_cut_when_asked_and_counted(base: Base, tmp_path: Path) -> None:
-    data = str(ragged(base, tmp_path / "ragged.jsonl"))  # 7 prompt tokens, 1 to 7 digits and the end
+    data = str(ragged(base, tmp_path / "ragged.jsonl"))  # 8 prompt tokens, 1 to 7 digits and the end
     lines = run(base, tmp_path / "run", max_steps=1, train_dataset=data, max_length=11, truncate=True)
-    cut = sum(7 + (1 + i % 7) + 1 > 11 for i in range(40))
+    cut = sum(8 + (1 + i % 7) + 1 > 11 for i in range(40))
     assert lines[0]["truncated_rows"] == cut
 
 
@@ -157,7 +157,7 @@ def test_only_the_assistants_turns_train_when_asked(base: Base, tmp_path: Path) 
         (example,) = load_examples(config.train_dataset, tokenizer, config, output_dir=None).rows
         assert sum(example.is_trained) == trained
     run(base, tmp_path / "run", train_dataset=str(rows), assistant_only_loss=True, max_steps=1)
-    rows.write_text('{"text": "12+34"}\n')
+    rows.write_text('{"text": "123400"}\n')
     with pytest.raises(ValueError, match="assistant_only_loss needs conversations"):
         run(base, tmp_path / "plain", train_dataset=str(rows), assistant_only_loss=True)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastrl.data.problems import DataError
-from fastrl.recipes.addition import make_tokenizer
+from fastrl.recipes.sorting import make_tokenizer
 from fastrl.rewards.resolve import resolve_rewards
 from fastrl.train.config import DataBlock
 from fastrl.train.prompts import Prompt, columns_of, load_prompts
@@ -24,20 +24,20 @@ def load(rows: Any, data: DataBlock = DataBlock(), **options: Any) -> list[Promp
 
 
 def test_a_prompt_keeps_its_text_for_the_rewards_and_its_other_columns() -> None:
-    (text,) = load([{"prompt": "1+2", "answer": "3", "level": 1}])
-    assert TOKENIZER.decode(text.ids) == "1+2"
+    (text,) = load([{"prompt": "102", "answer": "3", "level": 1}])
+    assert TOKENIZER.decode(text.ids) == "102"
     assert text.columns == {"answer": "3", "level": 1}
-    (chat,) = load([{"prompt": [{"role": "user", "content": "1+2"}]}])
-    assert TOKENIZER.decode(chat.ids) == "<|user|>1+2<|assistant|>"
-    assert chat.prompt == [{"role": "user", "content": "1+2"}]
+    (chat,) = load([{"prompt": [{"role": "user", "content": "102"}]}])
+    assert TOKENIZER.decode(chat.ids) == "<|user|>102<|assistant|>"
+    assert chat.prompt == [{"role": "user", "content": "102"}]
 
 
 def test_the_data_block_is_applied_before_rendering() -> None:
     data = DataBlock(columns={"prompt": "question"}, apply_chat_template=True, max_rows=1)
-    (prompt,) = load([{"question": "1+2"}, {"question": "3+4"}], data)
-    assert TOKENIZER.decode(prompt.ids) == "<|user|>1+2<|assistant|>"
-    (prompt,) = load([{"a": "1", "b": "2"}], DataBlock(prompt_template="{a}+{b}"))
-    assert TOKENIZER.decode(prompt.ids) == "1+2"
+    (prompt,) = load([{"question": "102"}, {"question": "304"}], data)
+    assert TOKENIZER.decode(prompt.ids) == "<|user|>102<|assistant|>"
+    (prompt,) = load([{"a": "1", "b": "2"}], DataBlock(prompt_template="{a}0{b}"))
+    assert TOKENIZER.decode(prompt.ids) == "102"
     (prompt,) = load([{"prompt": [{"role": "user", "content": "1"}]}], DataBlock(system_prompt="9"))
     assert TOKENIZER.decode(prompt.ids) == "<|user|>9<|user|>1<|assistant|>"
 
@@ -77,5 +77,5 @@ def test_a_file_of_bad_rows_alone_is_an_error_also_when_they_may_be_skipped() ->
 def test_a_reward_that_lacks_its_column_stops_the_run_before_it_begins() -> None:
     rewards = resolve_rewards(("exact_match",))
     with pytest.raises(ValueError, match="answer"):
-        load([{"prompt": "1+2"}], rewards=rewards)
-    assert len(load([{"prompt": "1+2", "answer": "3"}], rewards=rewards)) == 1
+        load([{"prompt": "102"}], rewards=rewards)
+    assert len(load([{"prompt": "102", "answer": "3"}], rewards=rewards)) == 1

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastrl.data.problems import DataError
-from fastrl.recipes.addition import make_tokenizer
+from fastrl.recipes.sorting import make_tokenizer
 from fastrl.train.config import DataBlock, PackingBlock, SFTConfig
 from fastrl.train.supervised import Examples, load_examples
 
@@ -30,7 +30,7 @@ def trained(examples: Examples) -> list[str]:
     ]
 
 
-PAIR = {"prompt": "1+2", "completion": "003"}
+PAIR = {"prompt": "102", "completion": "003"}
 CHAT = {
     "messages": [
         {"role": "user", "content": "1"},
@@ -44,13 +44,13 @@ CHAT = {
 def test_each_format_trains_its_own_tokens(tmp_path: Path) -> None:
     assert trained(load(tmp_path, {"text": "12"})) == ["2<|end|>"]
     assert trained(load(tmp_path, PAIR)) == ["003<|end|>"]
-    assert trained(load(tmp_path, PAIR, completion_only_loss=False)) == ["+2003<|end|>"]
+    assert trained(load(tmp_path, PAIR, completion_only_loss=False)) == ["02003<|end|>"]
     assert trained(load(tmp_path, CHAT)) == ["1<|assistant|>2<|end|><|user|>3<|assistant|>4<|end|>"]
     assert trained(load(tmp_path, CHAT, assistant_only_loss=True)) == ["2<|end|>4<|end|>"]
 
 
 def test_rows_over_the_limit_are_refused_cut_or_set_aside(tmp_path: Path) -> None:
-    long = {"prompt": "1+2", "completion": "000000003"}
+    long = {"prompt": "102", "completion": "000000003"}
     with pytest.raises(DataError, match=r"rows\.jsonl:2: expected at most max_length = 8 tokens .*, got 13"):
         load(tmp_path, PAIR, long, max_length=8)
     cut = load(tmp_path, PAIR, long, max_length=8, truncate=True)

@@ -1,6 +1,6 @@
-"""The demo's task: adding two-digit numbers, with a character tokenizer and data files made on the spot.
+"""The demo's task: sorting six digits, with a character tokenizer and data files made on the spot.
 
-Prompts are conversations ("37+58") and answers three digits ("095"); held-out prompts never appear in training.
+Prompts are conversations ("839201"), answers the digits in order ("012389"); training never sees held-out prompts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CHARACTERS = "0123456789+"
+DIGITS = 6
 USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -37,7 +37,7 @@ def make_tokenizer() -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: i for i, token in enumerate((PAD, END, USER, ASSISTANT, *CHARACTERS))}
+    vocabulary = {token: i for i, token in enumerate((PAD, END, USER, ASSISTANT, *"0123456789"))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     backend.decoder = decoders.Fuse()
@@ -48,35 +48,36 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
-def write_task(folder: Path, *, seed: int, n_sft: int, n_held_out: int) -> TaskFiles:
-    """Write the task's files; every pair of numbers 0 .. 99 is in exactly one of held-out and the rest.
+def write_task(folder: Path, *, seed: int, n_sft: int, n_prompts: int, n_held_out: int) -> TaskFiles:
+    """Write the task's files; no question is in two of held-out and practice.
 
     Args:
-        n_sft: supervised rows, drawn from the prompts that are not held out.
+        n_sft: supervised rows, the first of the practice prompts with their answers.
+        n_prompts: prompts to practise on.
         n_held_out: prompts that neither stage sees.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = [(a, b) for a in range(100) for b in range(100)]
-    random.Random(seed).shuffle(pairs)
-    held_out, practice = pairs[:n_held_out], pairs[n_held_out:]
+    numbers = random.Random(seed).sample(range(10**DIGITS), n_held_out + n_prompts)
+    questions = [f"{number:0{DIGITS}d}" for number in numbers]
+    held_out, practice = questions[:n_held_out], questions[n_held_out:]
     files = TaskFiles(folder / "sft.jsonl", folder / "prompts.jsonl", folder / "held_out.jsonl")
-    _write_rows(files.sft, [_supervised(a, b) for a, b in practice[:n_sft]])
-    _write_rows(files.prompts, [_question(a, b) for a, b in practice])
-    _write_rows(files.held_out, [_question(a, b) for a, b in held_out])
+    _write_rows(files.sft, [_supervised(question) for question in practice[:n_sft]])
+    _write_rows(files.prompts, [_prompt(question) for question in practice])
+    _write_rows(files.held_out, [_prompt(question) for question in held_out])
     return files
 
 
-def _answer(a: int, b: int) -> str:
-    return f"{a + b:03d}"
+def _answer(question: str) -> str:
+    return "".join(sorted(question))
 
 
-def _question(a: int, b: int) -> dict[str, Any]:
-    return {"prompt": [{"role": "user", "content": f"{a:02d}+{b:02d}"}], "answer": _answer(a, b)}
+def _prompt(question: str) -> dict[str, Any]:
+    return {"prompt": [{"role": "user", "content": question}], "answer": _answer(question)}
 
 
-def _supervised(a: int, b: int) -> dict[str, Any]:
-    completion = [{"role": "assistant", "content": _answer(a, b)}]
-    return {"prompt": _question(a, b)["prompt"], "completion": completion}
+def _supervised(question: str) -> dict[str, Any]:
+    completion = [{"role": "assistant", "content": _answer(question)}]
+    return {"prompt": _prompt(question)["prompt"], "completion": completion}
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
