@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrl.kernels.logit_map import MapArguments, outer_factor, squashed
-from fastrl.kernels.tuning import RowTile, audited, memory_columns, narrow_row_tiles, row_tile
+from fastrl.kernels.tuning import RowTile, audited, memory_columns, row_tile, row_tiles, wide_row_tiles
 
 LOG_ZERO = tl.constexpr(-1000.0)  # log p below this counts as this, so p log p is 0 and never 0 x -inf
 
@@ -238,27 +238,27 @@ def _audited_probability(tile: RowTile, targets: tuple[str, ...], raw: str, out:
 AUDIT = (
     *(
         _audited_gradient(tile, targets, source, out, in_place, **chosen, **logit_map)
-        for tile, targets in narrow_row_tiles()
         for source, out, in_place in (
             ("fp32", "bf16", True),
             ("fp32", "bf16", False),
-            ("fp32", "fp32", True),
+            ("fp32", "fp32", False),
             ("bf16", "bf16", False),
             ("fp16", "fp16", False),
-            ("fp64", "fp64", True),
+            ("fp64", "fp64", False),
         )
+        for tile, targets in (wide_row_tiles() if source == "fp64" else row_tiles())
         for chosen in (_ONLY_LOGPROB, {} if not in_place else {"index_ptr": None})
         for logit_map in _MAPS
     ),
     *(
         _audited_gradient(tile, targets, kept, kept, False, **chosen, **_MAPS[0], IS_PROBABILITY=True)
-        for tile, targets in narrow_row_tiles()
         for kept in ("fp32", "bf16", "fp64")
+        for tile, targets in (wide_row_tiles() if kept == "fp64" else row_tiles())
         for chosen in (_ONLY_LOGPROB, {})
     ),
     *(
         _audited_probability(tile, targets, raw, out)
-        for tile, targets in narrow_row_tiles()
         for raw, out in (("fp32", "bf16"), ("fp32", "fp32"), ("fp64", "fp64"))
+        for tile, targets in (wide_row_tiles() if raw == "fp64" else row_tiles())
     ),
 )

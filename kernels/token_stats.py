@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrl.kernels.logit_map import MapArguments, outer_factor, squashed
-from fastrl.kernels.tuning import COMBINE, RowTile, audited, memory_columns, narrow_row_tiles, row_tile, spans
+from fastrl.kernels.tuning import COMBINE, RowTile, audited, memory_columns, row_tile, row_tiles, spans, wide_row_tiles
 
 LOWEST = tl.constexpr(-1e30)  # stands for -inf in running maxima: differences of two stay finite
 INFINITY = tl.constexpr(float("inf"))
@@ -217,8 +217,8 @@ _EVERY_OPTION = {"INNER": 0.5, "WITH_MEAN": True, "temperature_ptr": "*"}
 AUDIT = (
     *(
         _audited_rows(tile, targets, number, **options)
-        for tile, targets in narrow_row_tiles()
-        for number in ("fp32", "bf16", "fp16", "fp64")
+        for number, tiles in (*((x, row_tiles()) for x in ("fp32", "bf16", "fp16")), ("fp64", wide_row_tiles()))
+        for tile, targets in tiles
         for options in ({}, _EVERY_OPTION)
     ),
     *(_audited_combine(number, with_mean) for number in ("fp32", "fp64") for with_mean in (False, True)),

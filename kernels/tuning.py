@@ -62,6 +62,7 @@ ROWS: dict[str, RowTile] = {
     "sm_100": RowTile(4096, 8, 1),
     "gfx942": RowTile(4096, 8, 1),
 }
+FLOAT64_BLOCK_V = 1024  # wider ones do not fit a thread's registers
 COMBINE = CombineTile(32, 16, 4)
 # 16-bit operands; the tile of float32 operands, which a GPU multiplies without tensor cores, is PRODUCT_FLOAT32.
 PRODUCTS: dict[str, ProductTile] = {
@@ -111,9 +112,10 @@ def _device_architecture(index: int) -> str:
 
 
 def row_tile(logits: Tensor) -> RowTile:
-    """Tile of the kernels that work on a chunk of logits; no wider than a row needs."""
+    """Tile of the kernels that work on a chunk of logits; no wider than a row needs, and narrow for float64."""
     tile = ROWS[architecture(logits.device)]
-    return tile._replace(block_v=min(tile.block_v, max(128, triton.next_power_of_2(logits.shape[1]))))
+    most = FLOAT64_BLOCK_V if logits.dtype == torch.float64 else tile.block_v
+    return tile._replace(block_v=min(most, max(128, triton.next_power_of_2(logits.shape[1]))))
 
 
 def memory_columns(rows: Tensor) -> int:
@@ -153,10 +155,15 @@ def fuses_statistics(hidden: Tensor, v: int) -> bool:
     return 2 * d / machine.triton_flops < separate
 
 
-def narrow_row_tiles() -> tuple[tuple[RowTile, tuple[str, ...]], ...]:
+def row_tiles() -> tuple[tuple[RowTile, tuple[str, ...]], ...]:
     """For the audit: every row tile with the chips that choose it, and the narrowest one, for small vocabularies."""
     tiles = _tiles_and_targets(ROWS)
     return (*tiles, *((tile._replace(block_v=128), targets) for tile, targets in tiles[:1]))
+
+
+def wide_row_tiles() -> tuple[tuple[RowTile, tuple[str, ...]], ...]:
+    """For the audit: `row_tiles` for float64."""
+    return tuple((tile._replace(block_v=min(tile.block_v, FLOAT64_BLOCK_V)), targets) for tile, targets in row_tiles())
 
 
 def product_tiles() -> tuple[tuple[ProductTile, tuple[str, ...]], ...]:
