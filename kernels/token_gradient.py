@@ -18,6 +18,8 @@ from torch import Tensor
 from fastrl.kernels.logit_map import MapArguments, outer_factor, squashed
 from fastrl.kernels.tuning import RowTile, audited, memory_columns, row_tile, row_tiles, wide_row_tiles
 
+# A row's narrower gradient replaces the row where a barrier waits for loads under way: AMD's does not.
+CAN_NARROW_IN_PLACE = torch.version.hip is None
 LOG_ZERO = tl.constexpr(-1000.0)  # log p below this counts as this, so p log p is 0 and never 0 x -inf
 
 
@@ -48,6 +50,7 @@ def backward(
     assert logit_map.inner == 0.0 or not is_probability, "a cap's slope needs the raw logits"
     shares_memory = source.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
     assert index is None or not shares_memory, "moved rows need memory of their own"
+    assert out.dtype == source.dtype or not shares_memory or CAN_NARROW_IN_PLACE
     n, v = out.shape
     tile = tile or row_tile(source)
     if n == 0:
@@ -226,6 +229,8 @@ def _audited_gradient(
     constexprs |= {"BLOCK_V": tile.block_v, "PREFETCH": tile.prefetch}
     types = {"source_ptr": f"*{source}", "out_ptr": f"*{out}", "index_ptr": "*i64", "target_ptr": "*i64"}
     types |= {"source_stride": "i32:16", "out_stride": "i32:16", "columns": "i32:16"}
+    if in_place:
+        targets = tuple(x for x in targets or ("sm_80", "sm_90", "sm_100") if not x.startswith("gfx"))
     return audited(_row_gradient, types, constexprs, tile.num_warps, 1, targets, wide=source == "fp64")
 
 

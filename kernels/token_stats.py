@@ -38,7 +38,7 @@ def forward(
     dtype = torch.promote_types(raw.dtype, torch.float32)
     partial = torch.empty((4 if with_mean else 3, parts, n), dtype=dtype, device=raw.device)
     taken = torch.empty(n, dtype=dtype, device=raw.device)
-    span = triton.cdiv(triton.cdiv(v, tile.block_v), parts) * tile.block_v
+    blocks = triton.cdiv(triton.cdiv(v, tile.block_v), parts)
     if n:
         with torch.cuda.device_of(raw):
             _row_partials[(n, parts)](
@@ -51,7 +51,7 @@ def forward(
                 n,
                 v,
                 memory_columns(raw),
-                span,
+                blocks,
                 INNER=logit_map.inner,
                 OUTER=logit_map.outer,
                 WITH_MEAN=with_mean,
@@ -85,7 +85,7 @@ def combined(partial: Tensor, taken: Tensor, target: Tensor, v: int) -> Tensor:
     return stats
 
 
-@triton.jit(do_not_specialize=["n_rows", "span"])
+@triton.jit(do_not_specialize=["n_rows", "blocks"])
 def _row_partials(
     raw_ptr,
     target_ptr,
@@ -96,7 +96,7 @@ def _row_partials(
     n_rows,
     V,
     columns,
-    span,
+    blocks,
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
     WITH_MEAN: tl.constexpr,
@@ -113,8 +113,9 @@ def _row_partials(
     total = tl.zeros([BLOCK_V], dtype)
     weighted = tl.zeros([BLOCK_V], dtype)
     plain = tl.zeros([BLOCK_V], dtype)
-    start = part * span
-    for first in tl.range(start, tl.minimum(start + span, V), BLOCK_V, num_stages=PREFETCH):
+    # In blocks, so that the compiler knows what divides it and loads are wide.
+    start = part * blocks * BLOCK_V
+    for first in tl.range(start, tl.minimum(start + blocks * BLOCK_V, V), BLOCK_V, num_stages=PREFETCH):
         column = first + lane
         inside = column < V
         # `columns` may round V up into a row's padding, so that loads are wide whatever V is.

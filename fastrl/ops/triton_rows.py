@@ -34,13 +34,13 @@ def gradient(
     index: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """One read and one write, in raw's memory where no rows are left out."""
+    """One read and one write, in raw's memory where no rows are left out (on AMD: nor rounded)."""
     from fastrl.kernels import token_gradient
 
     raw = _readable(raw)
-    if out is None and index is None:
+    if out is None and index is None and (raw.dtype == dtype or token_gradient.CAN_NARROW_IN_PLACE):
         out = token_gradient.narrowed(raw, dtype)
-    elif out is None:
+    if out is None:
         out = aligned_rows(len(target), raw.shape[1], dtype, raw.device)
     _write_gradient(raw, out, target, stats, grads, logit_map, index=index, is_probability=False)
     return out
