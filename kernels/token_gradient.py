@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrl.kernels.logit_map import MapArguments, outer_factor, squashed
-from fastrl.kernels.tuning import RowTile, audited, memory_columns, row_tile, row_tiles, wide_row_tiles
+from fastrl.kernels.tuning import GRADIENT_ROWS, RowTile, audited, memory_columns, row_tile, row_tiles, wide_row_tiles
 
 # A row's narrower gradient replaces the row where a barrier waits for loads under way: AMD's does not.
 CAN_NARROW_IN_PLACE = torch.version.hip is None
@@ -52,7 +52,7 @@ def backward(
     assert index is None or not shares_memory, "moved rows need memory of their own"
     assert out.dtype == source.dtype or not shares_memory or CAN_NARROW_IN_PLACE
     n, v = out.shape
-    tile = tile or row_tile(source)
+    tile = tile or row_tile(source, GRADIENT_ROWS)
     if n == 0:
         return
     with torch.cuda.device_of(source):
@@ -89,7 +89,7 @@ def probability(raw: Tensor, lse: Tensor, out: Tensor, logit_map: MapArguments, 
     assert out.is_contiguous()
     assert lse.is_contiguous()
     n, v = raw.shape
-    tile = tile or row_tile(raw)
+    tile = tile or row_tile(raw, GRADIENT_ROWS)
     if n == 0:
         return
     with torch.cuda.device_of(raw):
@@ -251,19 +251,19 @@ AUDIT = (
             ("fp16", "fp16", False),
             ("fp64", "fp64", False),
         )
-        for tile, targets in (wide_row_tiles() if source == "fp64" else row_tiles())
+        for tile, targets in (wide_row_tiles(GRADIENT_ROWS) if source == "fp64" else row_tiles(GRADIENT_ROWS))
         for chosen in (_ONLY_LOGPROB, {} if not in_place else {"index_ptr": None})
         for logit_map in _MAPS
     ),
     *(
         _audited_gradient(tile, targets, kept, kept, False, **chosen, **_MAPS[0], IS_PROBABILITY=True)
         for kept in ("fp32", "bf16", "fp64")
-        for tile, targets in (wide_row_tiles() if kept == "fp64" else row_tiles())
+        for tile, targets in (wide_row_tiles(GRADIENT_ROWS) if kept == "fp64" else row_tiles(GRADIENT_ROWS))
         for chosen in (_ONLY_LOGPROB, {})
     ),
     *(
         _audited_probability(tile, targets, raw, out)
         for raw, out in (("fp32", "bf16"), ("fp32", "fp32"), ("fp64", "fp64"))
-        for tile, targets in (wide_row_tiles() if raw == "fp64" else row_tiles())
+        for tile, targets in (wide_row_tiles(GRADIENT_ROWS) if raw == "fp64" else row_tiles(GRADIENT_ROWS))
     ),
 )

@@ -18,9 +18,20 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrl.kernels.logit_map import MapArguments, outer_factor, squashed
-from fastrl.kernels.tuning import COMBINE, RowTile, audited, memory_columns, row_tile, row_tiles, spans, wide_row_tiles
+from fastrl.kernels.tuning import (
+    COMBINE,
+    ROWS,
+    RowTile,
+    audited,
+    memory_columns,
+    row_tile,
+    row_tiles,
+    spans,
+    wide_row_tiles,
+)
 
-LOWEST = tl.constexpr(-1e30)  # stands for -inf in running maxima: differences of two stay finite
+# Stands for -inf in running maxima: differences of two stay finite. A power of two is the same in f32 and f64.
+LOWEST = tl.constexpr(-(2.0**100))
 INFINITY = tl.constexpr(float("inf"))
 NAN = tl.constexpr(float("nan"))
 
@@ -33,7 +44,7 @@ def forward(
     assert target.is_contiguous()
     assert target.dtype == torch.int64
     n, v = raw.shape
-    tile = tile or row_tile(raw)
+    tile = tile or row_tile(raw, ROWS)
     parts = spans(raw, tile)
     dtype = torch.promote_types(raw.dtype, torch.float32)
     partial = torch.empty((4 if with_mean else 3, parts, n), dtype=dtype, device=raw.device)
@@ -218,7 +229,7 @@ _EVERY_OPTION = {"INNER": 0.5, "WITH_MEAN": True, "temperature_ptr": "*"}
 AUDIT = (
     *(
         _audited_rows(tile, targets, number, **options)
-        for number, tiles in (*((x, row_tiles()) for x in ("fp32", "bf16", "fp16")), ("fp64", wide_row_tiles()))
+        for number, tiles in (*((x, row_tiles(ROWS)) for x in ("fp32", "bf16", "fp16")), ("fp64", wide_row_tiles(ROWS)))
         for tile, targets in tiles
         for options in ({}, _EVERY_OPTION)
     ),

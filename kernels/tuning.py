@@ -54,6 +54,7 @@ class Machine(NamedTuple):
     programs: int
 
 
+# Of `token_stats`.
 ROWS: dict[str, RowTile] = {
     INTERPRETED: RowTile(128, 4, 1),
     OTHER: RowTile(2048, 4, 1),
@@ -62,6 +63,8 @@ ROWS: dict[str, RowTile] = {
     "sm_100": RowTile(4096, 8, 1),
     "gfx942": RowTile(4096, 8, 1),
 }
+# Of `token_gradient`, which carries nothing from block to block; until it is measured, the same.
+GRADIENT_ROWS: dict[str, RowTile] = dict(ROWS)
 FLOAT64_BLOCK_V = 1024  # wider ones do not fit a thread's registers
 COMBINE = CombineTile(32, 16, 4)
 # 16-bit operands; the tile of float32 operands, which a GPU multiplies without tensor cores, is PRODUCT_FLOAT32.
@@ -111,9 +114,9 @@ def _device_architecture(index: int) -> str:
     return name if name in ROWS else OTHER
 
 
-def row_tile(logits: Tensor) -> RowTile:
-    """Tile of the kernels that work on a chunk of logits; no wider than a row needs, and narrow for float64."""
-    tile = ROWS[architecture(logits.device)]
+def row_tile(logits: Tensor, table: dict[str, RowTile]) -> RowTile:
+    """Tile for a chunk of logits from ROWS or GRADIENT_ROWS; no wider than a row needs, and narrow for float64."""
+    tile = table[architecture(logits.device)]
     most = FLOAT64_BLOCK_V if logits.dtype == torch.float64 else tile.block_v
     return tile._replace(block_v=min(most, max(128, triton.next_power_of_2(logits.shape[1]))))
 
@@ -155,15 +158,16 @@ def fuses_statistics(hidden: Tensor, v: int) -> bool:
     return 2 * d / machine.triton_flops < separate
 
 
-def row_tiles() -> tuple[tuple[RowTile, tuple[str, ...]], ...]:
-    """For the audit: every row tile with the chips that choose it, and the narrowest one, for small vocabularies."""
-    tiles = _tiles_and_targets(ROWS)
+def row_tiles(table: dict[str, RowTile]) -> tuple[tuple[RowTile, tuple[str, ...]], ...]:
+    """For the audit: every tile of a table with the chips that choose it, and the narrowest, for small vocabularies."""
+    tiles = _tiles_and_targets(table)
     return (*tiles, *((tile._replace(block_v=128), targets) for tile, targets in tiles[:1]))
 
 
-def wide_row_tiles() -> tuple[tuple[RowTile, tuple[str, ...]], ...]:
+def wide_row_tiles(table: dict[str, RowTile]) -> tuple[tuple[RowTile, tuple[str, ...]], ...]:
     """For the audit: `row_tiles` for float64."""
-    return tuple((tile._replace(block_v=min(tile.block_v, FLOAT64_BLOCK_V)), targets) for tile, targets in row_tiles())
+    narrow = (tile._replace(block_v=min(tile.block_v, FLOAT64_BLOCK_V)) for tile, _ in row_tiles(table))
+    return tuple((tile, targets) for tile, (_, targets) in zip(narrow, row_tiles(table), strict=True))
 
 
 def product_tiles() -> tuple[tuple[ProductTile, tuple[str, ...]], ...]:
