@@ -59,7 +59,7 @@ def check_target(target: Tensor, vocabulary: int) -> None:
     """Check that target holds int64 token ids below `vocabulary`; negative ones are ignored tokens.
 
     On CUDA only the dtype is checked, because reading the range would stall the device: there an id out of range
-    ends in torch's device-side assert.
+    ends in torch's device-side assert, and under Triton in a log-probability that is NaN.
 
     Raises:
         ValueError: another dtype, or an id out of range.
