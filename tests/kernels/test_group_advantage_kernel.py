@@ -42,8 +42,10 @@ def test_groups_longer_than_a_block_agree_with_the_definition(size, groups, seed
 
 @pytest.mark.parametrize("baseline", [Baseline.MEAN, Baseline.LEAVE_ONE_OUT])
 @pytest.mark.parametrize("scale", list(Scale))
-def test_equal_rewards_and_lone_rollouts_have_exactly_no_advantage(baseline, scale):
-    reward = torch.tensor([0.1] * 3 + [0.1] * 7 + [0.7] * 10 + [0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_and_lone_rollouts_have_exactly_no_advantage(baseline, scale, dtype):
+    # The rounded mean of three times 0.1 in f64 is more than 0.1.
+    reward = torch.tensor([0.1] * 3 + [0.1] * 7 + [0.7] * 10 + [0.3], dtype=dtype)
     group = torch.tensor([0] * 3 + [1] * 7 + [2] * 10 + [3])
     assert not group_advantage(reward, group, baseline=baseline, scale=scale, backend="triton").any()
 
