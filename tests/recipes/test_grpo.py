@@ -80,6 +80,21 @@ def test_completions_without_signal_never_reach_the_backbone(base: Base, tmp_pat
         assert name not in trained or torch.equal(trained[name], weight)
 
 
+def test_every_round_and_every_evaluation_samples_from_the_newest_weights(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions: list[int] = []
+    load = policy_setup.BuiltinEngine.load_weights
+
+    def recorded(self: Any, model: Any, version: int) -> None:
+        versions.append(version)
+        load(self, model, version)
+
+    monkeypatch.setattr(policy_setup.BuiltinEngine, "load_weights", recorded)
+    run_grpo(base, tmp_path / "run", steps_per_generation=2, eval_dataset=str(base.files.held_out))
+    assert versions == [0, 2, 4]
+
+
 # What is logged
 
 
@@ -225,6 +240,21 @@ def test_the_kl_coefficient_steers_towards_its_target(base: Base, tmp_path: Path
     assert column(lines, "kl_coef") == pytest.approx([0.5 * (1 - 0.2 * 8 / 10_000) ** k for k in (1, 2, 3, 4)])
     preset = run_grpo(base, tmp_path / "preset", algorithm="reinforce_pp", adaptive_kl_target=10.0, max_steps=1)
     assert column(preset, "kl_coef") == pytest.approx([0.01 * (1 - 0.2 * 8 / 10_000)])
+
+
+def test_every_update_is_penalised_with_the_newest_kl_coefficient(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[float] = []
+    make_loss = grpo.policy_batch_loss
+
+    def recorded(algorithm: Any, kernels: Any) -> Any:
+        used.append(algorithm.kl.coef)
+        return make_loss(algorithm, kernels)
+
+    monkeypatch.setattr(grpo, "policy_batch_loss", recorded)
+    lines = run_grpo(base, tmp_path / "run", beta=0.5, adaptive_kl_target=10.0, num_iterations=2)
+    assert used == [0.5, *column(lines, "kl_coef")[:3]]
 
 
 def test_every_op_over_the_head_runs_on_the_backend_and_chunks_of_the_run(
