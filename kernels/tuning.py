@@ -56,11 +56,11 @@ class Machine(NamedTuple):
 
 # Of `token_stats`.
 ROWS: dict[str, RowTile] = {
-    INTERPRETED: RowTile(128, 4, 1),
-    OTHER: RowTile(2048, 4, 1),
+    INTERPRETED: RowTile(256, 4, 1),
+    OTHER: RowTile(1024, 4, 1),
     "sm_80": RowTile(4096, 8, 1),
     "sm_90": RowTile(4096, 8, 1),
-    "sm_100": RowTile(4096, 8, 1),
+    "sm_100": RowTile(2048, 8, 1),
     "gfx942": RowTile(4096, 8, 1),
 }
 # Of `token_gradient`, which carries nothing from block to block; until it is measured, the same.
