@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILES = ((256, 4), (128, 1), (64, 1), (512, 8), (1024, 8))  # rollouts and warps per program; the first is the default
+TILES = ((256, 4), (128, 1), (64, 1))  # rollouts and warps per program; the first is the default
 # A product and a sum are rounded one after the other, as PyTorch does.
 ROUNDING = {"enable_fp_fusion": False}
 
