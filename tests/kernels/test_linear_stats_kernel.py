@@ -28,7 +28,7 @@ def truth(hidden, weight, target, bias=None, logit_map=LogitMap()):  # noqa: B00
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("n", "d", "v"), [(1, 16, 1), (15, 32, 63), (16, 7, 64), (17, 40, 65), (37, 16, 509)])
+@pytest.mark.parametrize(("n", "d", "v"), [(1, 16, 1), (15, 32, 63), (16, 7, 64), (17, 40, 509)])
 def test_statistics_are_those_of_float64_logits(n, d, v, dtype):
     hidden, weight, target = linear_logprob_inputs(n, d, v, dtype=dtype)
     got = forward(hidden, weight, target, with_mean=True)

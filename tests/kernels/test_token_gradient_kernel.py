@@ -41,7 +41,7 @@ def statistics(raw, target, logit_map=MAPS["identity"]):
 
 @pytest.mark.parametrize("logit_map", MAPS)
 @pytest.mark.parametrize("which", UPSTREAM)
-@pytest.mark.parametrize("v", [1, 128, 509])
+@pytest.mark.parametrize("v", [1, 260])
 def test_the_gradient_is_that_of_float64_in_place_and_elsewhere(v, which, logit_map):
     raw, target = logits(5, v)
     target[3] = -100
