@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILES = ((1024, 4), (1024, 8), (2048, 8), (512, 4))  # tokens and warps per program; the first is the default
+TILES = ((1024, 8), (512, 4), (256, 4))  # tokens and warps per program; the first is the default
 SMALL_BLOCKS = (16, 128)  # for batches this short
 ROUNDING = {"enable_fp_fusion": True}  # b + a y is rounded once
 
