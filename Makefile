@@ -10,7 +10,7 @@ THREADS := OMP_NUM_THREADS=1
 TORCH_INDEX ?=
 CPU_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: install demo test check test-slow test-gpu bench bench-cpu clean
+.PHONY: install demo test check test-slow test-gpu kernels-audit bench bench-cpu clean
 
 install: $(VENV)/.installed
 
@@ -41,6 +41,10 @@ test-slow: install
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu
+
+# Cross-compiles every kernel for every chip; needs no GPU. Ten minutes cold, cached afterwards.
+kernels-audit: install
+	$(BIN)/fastrl kernels audit
 
 bench: install
 	$(BIN)/python -m bench
