@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrl.rollout.decode import Completion, Request, decode
 from fastrl.rollout.engine import Sampling, check_sampling
 from fastrl.rollout.seeds import request_seed, streams
+from fastrl.rollout.stepper import Stepper
 from fastrl.rollout.stop import StopStrings
 from fastrl.rollout.weights import copy_weights
 from fastrl.types import Rollout
@@ -56,6 +57,7 @@ class BuiltinEngine:
         self.version = 0
         self.requests_seeded = 0
         self.stop_strings: StopStrings | None = None
+        self.stepper = Stepper(model)
 
     def load_weights(self, model: nn.Module, version: int) -> None:
         """Sample from `model`'s weights from now on: the engine's own module costs nothing, another is copied in."""
@@ -84,11 +86,14 @@ class BuiltinEngine:
 
         is_eos = torch.zeros(vocab_size, dtype=torch.bool, device=self.model.device)
         is_eos[[token for token in eos_token_ids(self.model, self.tokenizer) if token < vocab_size]] = True
-        request = Request(self.model, sampling, is_eos, self._stop_strings(sampling.stop, vocab_size), context)
+        request = Request(
+            self.model, sampling, is_eos, self._stop_strings(sampling.stop, vocab_size), context, self.stepper
+        )
         order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), ids[i]))
         batches = math.ceil(len(ids) / self.batch_size)
         completions: dict[int, Completion] = {}
-        with torch.no_grad(), _evaluating(self.model):
+        longest = max(map(len, ids), default=0) + sampling.max_completion_length
+        with torch.no_grad(), _evaluating(self.model), _prepared(self.stepper, min(longest, context)):
             for b in range(batches):
                 members = order[len(ids) * b // batches : len(ids) * (b + 1) // batches]
                 limits = [min(sampling.max_completion_length, context - len(ids[i])) for i in members]
@@ -143,6 +148,16 @@ def _check_prompts(prompts: list[tuple[int, ...]], vocab_size: int, context: int
                 f"prompt {i} holds token {min(prompt) if min(prompt) < 0 else max(prompt)}, but the model's vocabulary "
                 f"is [0, {vocab_size}); was it made with another tokenizer?"
             )
+
+
+@contextmanager
+def _prepared(stepper: Stepper, context: int) -> Iterator[None]:
+    """The weights of now, until the block ends."""
+    stepper.prepare(context)
+    try:
+        yield
+    finally:
+        stepper.release()
 
 
 @contextmanager

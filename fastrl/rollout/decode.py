@@ -15,6 +15,7 @@ from fastrl.rollout.engine import Sampling
 from fastrl.rollout.kv import decoding_cache
 from fastrl.rollout.masks import decoding_mask, is_mask_made_by_model, prompt_mask
 from fastrl.rollout.seeds import uniform
+from fastrl.rollout.stepper import Stepper
 from fastrl.rollout.stop import StopStrings
 from fastrl.types import FinishReason
 
@@ -32,6 +33,7 @@ class Request:
         is_eos: [V] bool.
         stop_strings: None when the call has none.
         context: most tokens the model holds, prompt and completion together.
+        stepper: feeds `model` one token per row.
     """
 
     model: PreTrainedModel
@@ -39,6 +41,7 @@ class Request:
     is_eos: Tensor
     stop_strings: StopStrings | None
     context: int
+    stepper: Stepper
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,17 +224,8 @@ def _forward(request: Request, rows: _Rows, token: Tensor) -> Tensor:
     position = rows.position.clamp(max=request.context - 1)
     rows.position += 1
     length = rows.cache.get_seq_length() + 1
-    output = request.model(
-        input_ids=token[:, None],
-        attention_mask=None if rows.mask is None else rows.mask[..., :length],
-        position_ids=position[:, None],
-        past_key_values=rows.cache,
-        use_cache=True,
-        logits_to_keep=1,
-        return_dict=True,
-    )
-    logits: Tensor = output.logits[:, -1].float()
-    return logits
+    mask = None if rows.mask is None else rows.mask[..., :length]
+    return request.stepper(token, position, mask, rows.cache)
 
 
 def _find_stops(
