@@ -3,6 +3,7 @@
 # Run it from the repository root, with the environment that has fastrl first on PATH.
 #     examples/gsm8k/run.sh [FOLDER WITH GSM8K's train.jsonl]
 set -eu
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # threads that wait for each other on a busy machine are slower
 here=examples/gsm8k
 started=$(date +%s)
 if [ -e runs/gsm8k ]; then

@@ -2,6 +2,7 @@
 # A reasoning-gym task from nothing: data, a model with random weights, SFT, GRPO with the task's verifier.
 # Run it from the repository root, with the environment that has fastrl and reasoning-gym first on PATH.
 set -eu
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # threads that wait for each other on a busy machine are slower
 here=examples/reasoning_gym
 if [ -e runs/reasoning_gym ]; then
     echo "runs/reasoning_gym is there from an earlier run; remove it first" >&2
