@@ -29,8 +29,8 @@ def check_shapes(spec: str, tensors: Mapping[str, Tensor | None]) -> None:
                 raise ValueError(f"{name} must be [{axes}] with {axis}={sizes[axis]}, got shape {shape}")
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, valid_vocab: int | None) -> None:
-    """Check dtypes and devices of a linear head, and that the valid part of its vocabulary exists.
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: int, valid_vocab: int | None) -> None:
+    """Check dtypes and devices of a linear head, and that the valid part of its vocabulary exists, on whatever ranks.
 
     Raises:
         ValueError: what is wrong, and the remedy.
@@ -44,7 +44,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, valid_vocab:
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}: move one with .to()")
-    check_vocab(weight.shape[0], valid_vocab)
+    check_vocab(vocabulary, valid_vocab)
 
 
 def check_vocab(size: int, valid_vocab: int | None) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrl.ops.gemm import accumulation_dtype, addmm_, mm_aligned, operand
 from fastrl.ops.logit_map import LogitMap
-from fastrl.ops.row_kernels import TORCH, RowKernels
+from fastrl.ops.row_kernels import RowKernels
 from fastrl.ops.token_stats import RowStats
+from fastrl.ops.vocab_parallel import VocabShard, sharded
 
 # Float32 logits of one chunk. Fewer rows read and write the weight's gradient more often; more rows need memory.
 CUDA_CHUNK_BYTES = 1 << 30
@@ -30,6 +32,32 @@ def default_chunk_rows(n: int, v: int, device: torch.device) -> int:
 def chunks(n: int, size: int) -> Iterator[slice]:
     """Slices of `size` rows that cover range(n); the last may be shorter."""
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+class HeadTensors(NamedTuple):
+    """What of a head can want a gradient, as this rank has it: weight [V, D], bias [V] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSetting:
+    """What of a head is constant.
+
+    Attributes:
+        logit_map: of all N rows.
+        kernels: the backend's.
+        shard: the tokens of this rank; None: all of them.
+    """
+
+    logit_map: LogitMap
+    kernels: RowKernels
+    shard: VocabShard | None
+
+    def widest(self, tensors: HeadTensors) -> int:
+        """Tokens on the rank with most, alike on all ranks."""
+        return tensors.weight.shape[0] if self.shard is None else self.shard.widest
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,36 +89,34 @@ class HeadOperands:
         return self.kernels.stats(self.raw(hidden), target, logit_map, with_mean=with_mean)
 
 
-def head_operands(
-    weight: Tensor, bias: Tensor | None, logit_map: LogitMap, kernels: RowKernels = TORCH
-) -> HeadOperands:
-    """The head of tensors as the caller has them."""
+def head_operands(tensors: HeadTensors, setting: HeadSetting) -> HeadOperands:
+    """The head ready for products, with kernels that know its shard."""
+    weight, bias = tensors
     wide_bias = None if bias is None else bias.to(accumulation_dtype(weight)).contiguous()
-    return HeadOperands(operand(weight), wide_bias, logit_map, kernels)
+    kernels = setting.kernels if setting.shard is None else sharded(setting.kernels, setting.shard)
+    return HeadOperands(operand(weight), wide_bias, setting.logit_map, kernels)
 
 
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """Which of the head's tensors want a gradient."""
+class Needs(NamedTuple):
+    """Which tensors want a gradient."""
 
     hidden: bool
     weight: bool
     bias: bool
 
-    def any(self) -> bool:
-        return self.hidden or self.weight or self.bias
-
 
 class HeadGradient:
     """Owns the sums that chunks add to: d hidden [N, D], d weight [V, D], d bias [V]; None where not needed.
 
-    d weight and d bias are summed in the accumulation dtype; each d hidden row is written once.
+    d weight and d bias are summed in the accumulation dtype; each d hidden row is written once. Shards of a vocabulary
+    have their own d weight and d bias, and each a part of d hidden.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, needs: Needs) -> None:
-        dtype = accumulation_dtype(hidden)
+    def __init__(self, hidden: Tensor, tensors: HeadTensors, setting: HeadSetting, needs: Needs) -> None:
+        weight, dtype, self.shard = tensors.weight, accumulation_dtype(hidden), setting.shard
         # fp16 cannot hold a token's share of the loss; it is rounded after grad_output (a GradScaler's) multiplied it.
-        kept = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+        # Parts of several ranks are rounded once, after their sum.
+        kept = dtype if hidden.dtype == torch.float16 or self.shard is not None else hidden.dtype
         self.hidden = torch.zeros(hidden.shape, dtype=kept, device=hidden.device) if needs.hidden else None
         self.weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs.weight else None
         self.bias = torch.zeros(weight.shape[0], dtype=dtype, device=weight.device) if needs.bias else None
@@ -120,11 +146,15 @@ class HeadGradient:
         else:
             self.hidden[rows] = torch.mm(rounded, head.weight).to(self.hidden.dtype)
 
-    def settled(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The sums, rounded to the dtypes of the tensors they belong to; for fp16 they stay float32."""
-        return _rounded(self.hidden, hidden), _rounded(self.weight, weight), _rounded(self.bias, bias)
+    def settled(self, hidden: Tensor, tensors: HeadTensors) -> tuple[Tensor | None, ...]:
+        """Call once: the sums for hidden and `tensors`, rounded to their dtypes; for fp16 they stay float32.
+
+        One all-reduce of d hidden when the vocabulary is sharded, whatever a rank has added.
+        """
+        if self.shard is not None and self.hidden is not None:
+            self.shard.sum_(self.hidden)
+        pairs = zip((self.hidden, self.weight, self.bias), (hidden, *tensors), strict=True)
+        return tuple(_rounded(total, like) for total, like in pairs)
 
 
 def _rounded(total: Tensor | None, like: Tensor | None) -> Tensor | None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from fastrl.ops.backend import Implementations, choose
 from fastrl.ops.checks import check_chunk_rows, check_constant, check_head, check_map, check_shapes, check_target
 from fastrl.ops.gemm import accumulation_dtype
-from fastrl.ops.head import default_chunk_rows
+from fastrl.ops.head import HeadSetting, default_chunk_rows
 from fastrl.ops.linear_logprob import reference_logits
 from fastrl.ops.linear_token_loss import differentiated_pass
+from fastrl.ops.local_head import check_backend, found_shard, local_head
 from fastrl.ops.logit_map import LogitMap
 from fastrl.ops.row_kernels import row_kernels
 from fastrl.ops.single_pass import Plan
 from fastrl.ops.token_stats import RowStats, reference_stats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _IMPLEMENTATIONS = Implementations("linear_cross_entropy", triton="fastrl.kernels.token_stats")
 
@@ -33,6 +39,7 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     valid_vocab: int | None = None,
     ignore_index: int = -100,
+    process_group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -56,6 +63,9 @@ def linear_cross_entropy(
         logit_scale: multiplies the logits, before the cap.
         valid_vocab: rows of weight from here on are padding and are no tokens.
         ignore_index: target id of tokens without a loss.
+        process_group: ranks that hold the vocabulary together, in equal parts and in the order of ranks; weight and
+            bias are this rank's part [V / ranks, ..], targets and valid_vocab still count all tokens, and everything
+            else is the same on every rank. All ranks must call. None: weight is the whole vocabulary.
         chunk_rows: rows worked on at a time; None fits a memory budget. Changes rounding only.
         backend: "reference" (N x V numbers, plain autograd), "torch" or "triton" (chunks); None: the machine's best.
 
@@ -84,15 +94,16 @@ def linear_cross_entropy(
     )
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-    check_head(hidden, weight, bias, valid_vocab)
+    shard = found_shard(weight, process_group)
+    vocabulary = weight.shape[0] if shard is None else shard.total
+    check_head(hidden, weight, bias, vocabulary, valid_vocab)
     target = target.masked_fill(target == ignore_index, -1)
-    check_target(target, valid_vocab or weight.shape[0])
+    check_target(target, valid_vocab or vocabulary)
     check_map(temperature, softcap, logit_scale)
     check_constant("token_weight", token_weight)
     check_chunk_rows(chunk_rows)
     chosen = choose(backend, hidden, _IMPLEMENTATIONS)
-    if valid_vocab is not None:
-        weight, bias = weight[:valid_vocab], None if bias is None else bias[:valid_vocab]
+    check_backend(chosen, shard)
     row_weight = _row_weight(token_weight, target, accumulation_dtype(hidden))
     logit_map = LogitMap(logit_scale, softcap, temperature)
 
@@ -103,13 +114,15 @@ def linear_cross_entropy(
         return loss + z_loss * stats.lse.square() if z_loss else loss
 
     if chosen == "reference":
+        weight, bias = weight[:valid_vocab], None if bias is None else bias[:valid_vocab]
         rows = row_weight.nonzero()[:, 0]
         z = reference_logits(hidden[rows], weight, bias, logit_map.rows(rows))
         stats = RowStats(*reference_stats(z, target[rows]), z.mean(-1) if label_smoothing else None)
         return (row_weight[rows] * token_loss(stats, rows)).sum()
-    size = chunk_rows or default_chunk_rows(hidden.shape[0], weight.shape[0], hidden.device)
+    tensors, setting = local_head(weight, bias, HeadSetting(logit_map, row_kernels(chosen), shard), valid_vocab)
+    size = chunk_rows or default_chunk_rows(hidden.shape[0], setting.widest(tensors), hidden.device)
     plan = Plan(token_loss, row_weight, 0.0, size, with_mean=label_smoothing > 0)
-    return differentiated_pass(hidden, weight, bias, target, logit_map, plan, row_kernels(chosen)).loss
+    return differentiated_pass(hidden, tensors, setting, target, plan).loss
 
 
 def _row_weight(token_weight: Tensor | None, target: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ one coefficient per row and statistic. `linear_token_loss` is the same waist wit
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,10 +16,23 @@ from torch.nn import functional
 from fastrl.ops.backend import Implementations, choose
 from fastrl.ops.checks import check_chunk_rows, check_head, check_map, check_shapes, check_target
 from fastrl.ops.gemm import accumulation_dtype, operand
-from fastrl.ops.head import HeadGradient, HeadOperands, Needs, chunks, default_chunk_rows, head_operands
+from fastrl.ops.head import (
+    HeadGradient,
+    HeadOperands,
+    HeadSetting,
+    HeadTensors,
+    Needs,
+    chunks,
+    default_chunk_rows,
+    head_operands,
+)
+from fastrl.ops.local_head import check_backend, found_shard, local_head
 from fastrl.ops.logit_map import LogitMap
-from fastrl.ops.row_kernels import RowKernels, row_kernels
+from fastrl.ops.row_kernels import row_kernels
 from fastrl.ops.token_stats import RowGrads, RowStats, TokenStats, reference_stats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 CACHE_GIB = 0.25  # small heads are never recomputed; a large one trades 2.3 GiB per 8192 rows x 151936 tokens
 
@@ -37,6 +50,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     valid_vocab: int | None = None,
     cache_gib: float | None = None,
+    process_group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
     batch_invariant: bool = False,
     backend: str | None = None,
@@ -57,6 +71,9 @@ def linear_logprob(
         valid_vocab: rows of weight from here on are padding and are no tokens; None means all are tokens.
         cache_gib: memory for probabilities kept from forward, so that their rows skip the logits product in
             backward; 0 keeps none, None 0.25. Kept in hidden's dtype; capped logits are never kept.
+        process_group: ranks that hold the vocabulary together, in equal parts and in the order of ranks; weight and
+            bias are this rank's part [V / ranks, ..], targets and valid_vocab still count all tokens, and everything
+            else is the same on every rank. All ranks must call. None: weight is the whole vocabulary.
         chunk_rows: rows worked on at a time; None fits a memory budget. Changes rounding only.
         batch_invariant: give a row the same bits in every batch: the statistics come out of a Triton product with
             fixed tiles, never out of a product that may sum in another order for other N; nothing is cached. Triton
@@ -87,8 +104,10 @@ def linear_logprob(
             "temperature": temperature if isinstance(temperature, Tensor) else None,
         },
     )
-    check_head(hidden, weight, bias, valid_vocab)
-    check_target(target, valid_vocab or weight.shape[0])
+    shard = found_shard(weight, process_group)
+    vocabulary = weight.shape[0] if shard is None else shard.total
+    check_head(hidden, weight, bias, vocabulary, valid_vocab)
+    check_target(target, valid_vocab or vocabulary)
     check_map(temperature, softcap, logit_scale)
     check_chunk_rows(chunk_rows)
     if cache_gib is not None and cache_gib < 0:
@@ -96,6 +115,7 @@ def linear_logprob(
     if batch_invariant and hidden.dtype == torch.float64:
         raise ValueError("batch_invariant is for float32, bfloat16 and float16, got torch.float64: cast with .float()")
     chosen = choose(backend, hidden, _IMPLEMENTATIONS)
+    check_backend(chosen, shard)
     if chosen == "reference" and not batch_invariant:
         return reference(
             hidden,
@@ -108,14 +128,13 @@ def linear_logprob(
             valid_vocab=valid_vocab,
         )
     kernels = row_kernels(chosen, batch_invariant=batch_invariant)
-    if valid_vocab is not None:
-        weight, bias = weight[:valid_vocab], None if bias is None else bias[:valid_vocab]
-    logit_map = LogitMap(logit_scale, softcap, temperature)
-    size = chunk_rows or default_chunk_rows(hidden.shape[0], weight.shape[0], hidden.device)
+    setting = HeadSetting(LogitMap(logit_scale, softcap, temperature), kernels, shard)
+    tensors, setting = local_head(weight, bias, setting, valid_vocab)
+    size = chunk_rows or default_chunk_rows(hidden.shape[0], setting.widest(tensors), hidden.device)
     cache_bytes = int((CACHE_GIB if cache_gib is None else cache_gib) * 2**30)
     if batch_invariant or not torch.is_grad_enabled():
         cache_bytes = 0
-    return TokenStats(*_LinearLogprob.apply(hidden, weight, bias, target, logit_map, size, cache_bytes, kernels))
+    return TokenStats(*_LinearLogprob.apply(hidden, *tensors, setting, target, size, cache_bytes))
 
 
 def reference(
@@ -150,17 +169,16 @@ class _LinearLogprob(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        setting: HeadSetting,
         target: Tensor,
-        logit_map: LogitMap,
         size: int,
         cache_bytes: int,
-        kernels: RowKernels,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        needs = Needs(*ctx.needs_input_grad[:3])
-        room = 0 if logit_map.softcap is not None or not needs.any() else cache_bytes
+        tensors, needs = HeadTensors(weight, bias), Needs(*ctx.needs_input_grad[:3])
+        room = 0 if setting.logit_map.softcap is not None or not any(needs) else cache_bytes
         kept: list[Tensor] = []
         with torch.autocast(hidden.device.type, enabled=False):
-            head = head_operands(weight, bias, logit_map, kernels)
+            head = head_operands(tensors, setting)
             stats = hidden.new_empty((3, hidden.shape[0]), dtype=accumulation_dtype(hidden))
             for rows in chunks(hidden.shape[0], size):
                 room -= (rows.stop - rows.start) * weight.shape[0] * hidden.element_size()
@@ -169,8 +187,8 @@ class _LinearLogprob(torch.autograd.Function):
                 if probability is not None:
                     kept.append(probability)
         logprob, entropy, lse = stats.unbind()
-        ctx.save_for_backward(hidden, weight, bias, target, stats, *kept)
-        ctx.logit_map, ctx.size, ctx.needs, ctx.kernels = logit_map, size, needs, kernels
+        ctx.save_for_backward(hidden, *tensors, target, stats, *kept)
+        ctx.setting, ctx.size, ctx.needs = setting, size, needs
         ctx.set_materialize_grads(False)
         return logprob.clone(), entropy.clone(), lse.clone()
 
@@ -179,16 +197,17 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, stats, *kept = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):
-            head = head_operands(weight, bias, ctx.logit_map, ctx.kernels)
-            total = HeadGradient(hidden, weight, ctx.needs)
+            tensors = HeadTensors(weight, bias)
+            head = head_operands(tensors, ctx.setting)
+            total = HeadGradient(hidden, tensors, ctx.setting, ctx.needs)
             for i, rows in enumerate(chunks(hidden.shape[0], ctx.size)):
                 cached = kept[i] if i < len(kept) else None
                 _add_chunk(total, head, hidden, target, RowStats(*stats.unbind()), RowGrads(*upstream), rows, cached)
         grads = (
             None if grad is None else grad.to(x.dtype)
-            for grad, x in zip(total.settled(hidden, weight, bias), (hidden, weight, bias), strict=True)
+            for grad, x in zip(total.settled(hidden, tensors), (hidden, *tensors), strict=True)
         )
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None
 
 
 def _chunk_stats(

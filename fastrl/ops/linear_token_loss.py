@@ -6,7 +6,7 @@ The loss is the caller's ordinary PyTorch on log-probability and entropy; no los
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +15,16 @@ from torch.autograd.function import once_differentiable
 from fastrl.ops.backend import Implementations, choose
 from fastrl.ops.checks import check_chunk_rows, check_constant, check_head, check_map, check_shapes, check_target
 from fastrl.ops.gemm import accumulation_dtype
-from fastrl.ops.head import Needs, default_chunk_rows, head_operands
+from fastrl.ops.head import HeadSetting, HeadTensors, Needs, default_chunk_rows
 from fastrl.ops.linear_logprob import reference_logits
+from fastrl.ops.local_head import check_backend, found_shard, local_head
 from fastrl.ops.logit_map import LogitMap
-from fastrl.ops.row_kernels import RowKernels, row_kernels
+from fastrl.ops.row_kernels import row_kernels
 from fastrl.ops.single_pass import Plan, single_pass
 from fastrl.ops.token_stats import TokenStats, reference_stats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # logprob [C], entropy [C], rows [C] int64 -> loss [C]
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -55,6 +59,7 @@ def linear_token_loss(
     valid_vocab: int | None = None,
     row_weight: Tensor | None = None,
     skip_tolerance: float = 0.0,
+    process_group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
     backend: str | None = None,
 ) -> TokenLoss:
@@ -80,6 +85,9 @@ def linear_token_loss(
         skip_tolerance: leave the rows with the smallest gradients out of the gradient products while the sum of
             their bounds stays within this share of their chunk's. A row's bound of sum_v |d loss / d logit_v| is
             (2 |d logprob| (1 - p) + 2 |d entropy| entropy) |logit_scale| / temperature. 0 leaves out zeros only.
+        process_group: ranks that hold the vocabulary together, in equal parts and in the order of ranks; weight and
+            bias are this rank's part [V / ranks, ..], targets and valid_vocab still count all tokens, and everything
+            else is the same on every rank. All ranks must call. None: weight is the whole vocabulary.
         chunk_rows: rows worked on at a time; None fits a memory budget. Changes rounding only.
         backend: "reference" (N x V numbers, plain autograd), "torch" or "triton" (chunks); None: the machine's best.
 
@@ -108,14 +116,17 @@ def linear_token_loss(
             "row_weight": row_weight,
         },
     )
-    check_head(hidden, weight, bias, valid_vocab)
-    check_target(target, valid_vocab or weight.shape[0])
+    shard = found_shard(weight, process_group)
+    vocabulary = weight.shape[0] if shard is None else shard.total
+    check_head(hidden, weight, bias, vocabulary, valid_vocab)
+    check_target(target, valid_vocab or vocabulary)
     check_map(temperature, softcap, logit_scale)
     check_constant("row_weight", row_weight)
     check_chunk_rows(chunk_rows)
     if not 0 <= skip_tolerance < 1:
         raise ValueError(f"skip_tolerance must be in [0, 1), got {skip_tolerance}")
     chosen = choose(backend, hidden, _IMPLEMENTATIONS)
+    check_backend(chosen, shard)
     if chosen == "reference":
         return reference(
             hidden,
@@ -129,16 +140,15 @@ def linear_token_loss(
             valid_vocab=valid_vocab,
             row_weight=row_weight,
         )
-    if valid_vocab is not None:
-        weight, bias = weight[:valid_vocab], None if bias is None else bias[:valid_vocab]
+    setting = HeadSetting(LogitMap(logit_scale, softcap, temperature), row_kernels(chosen), shard)
+    tensors, setting = local_head(weight, bias, setting, valid_vocab)
     plan = Plan(
         chunk_loss=lambda stats, rows: loss_fn(stats.logprob, stats.entropy, rows),
         row_weight=None if row_weight is None else row_weight.to(accumulation_dtype(hidden)),
         skip_tolerance=skip_tolerance,
-        chunk_rows=chunk_rows or default_chunk_rows(hidden.shape[0], weight.shape[0], hidden.device),
+        chunk_rows=chunk_rows or default_chunk_rows(hidden.shape[0], setting.widest(tensors), hidden.device),
     )
-    logit_map = LogitMap(logit_scale, softcap, temperature)
-    return differentiated_pass(hidden, weight, bias, target, logit_map, plan, row_kernels(chosen))
+    return differentiated_pass(hidden, tensors, setting, target, plan)
 
 
 def reference(
@@ -168,23 +178,16 @@ def reference(
 
 
 def differentiated_pass(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    logit_map: LogitMap,
-    plan: Plan,
-    kernels: RowKernels,
+    hidden: Tensor, tensors: HeadTensors, setting: HeadSetting, target: Tensor, plan: Plan
 ) -> TokenLoss:
     """`single_pass` as a differentiable function; when nothing wants a gradient, only its 2 N D V operations."""
-    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, *tensors)]
     with torch.autocast(hidden.device.type, enabled=False):
         if not any(wanted):
-            head = head_operands(weight, bias, logit_map, kernels)
-            loss, stats, skipped_bound, _ = single_pass(hidden, target, head, Needs(False, False, False), plan)
+            loss, stats, skipped_bound, _ = single_pass(hidden, tensors, setting, target, Needs(*wanted), plan)
             return TokenLoss(loss, stats, skipped_bound)
         loss, logprob, entropy, lse, skipped_bound = _SinglePass.apply(
-            hidden, weight, bias, target, logit_map, plan, kernels, Needs(*wanted)
+            hidden, *tensors, setting, target, plan, Needs(*wanted)
         )
         return TokenLoss(loss, TokenStats(logprob, entropy, lse), skipped_bound)
 
@@ -198,17 +201,16 @@ class _SinglePass(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        setting: HeadSetting,
         target: Tensor,
-        logit_map: LogitMap,
         plan: Plan,
-        kernels: RowKernels,
         needs: Needs,
     ) -> tuple[Tensor, ...]:
-        head = head_operands(weight, bias, logit_map, kernels)
-        loss, stats, skipped_bound, total = single_pass(hidden, target, head, needs, plan)
+        tensors = HeadTensors(weight, bias)
+        loss, stats, skipped_bound, total = single_pass(hidden, tensors, setting, target, needs, plan)
         assert total is not None
-        ctx.save_for_backward(*total.settled(hidden, weight, bias))
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.save_for_backward(*total.settled(hidden, tensors))
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, *tensors)]
         ctx.mark_non_differentiable(*stats, skipped_bound)
         ctx.set_materialize_grads(False)
         return loss, *stats, skipped_bound
@@ -217,9 +219,9 @@ class _SinglePass(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 8
+            return (None,) * 7
         grads = (
             None if grad is None else (grad * grad_loss).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None

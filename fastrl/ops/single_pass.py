@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from fastrl.ops.gemm import accumulation_dtype, operand
-from fastrl.ops.head import HeadGradient, HeadOperands, Needs, chunks
+from fastrl.ops.head import HeadGradient, HeadOperands, HeadSetting, HeadTensors, Needs, chunks, head_operands
 from fastrl.ops.logit_map import LogitMap
 from fastrl.ops.token_stats import RowGrads, RowStats, TokenStats
 
@@ -51,14 +51,17 @@ class PassResult(NamedTuple):
     gradient: HeadGradient | None
 
 
-def single_pass(hidden: Tensor, target: Tensor, head: HeadOperands, needs: Needs, plan: Plan) -> PassResult:
+def single_pass(
+    hidden: Tensor, tensors: HeadTensors, setting: HeadSetting, target: Tensor, needs: Needs, plan: Plan
+) -> PassResult:
     """Run every chunk of rows that have a weight.
 
     On a GPU, finding those rows costs one host sync, and leaving rows out of the gradient products one per chunk.
     """
     zeros = torch.zeros((5, hidden.shape[0]), dtype=accumulation_dtype(hidden), device=hidden.device)
     loss, skipped_bound, stats = zeros[0].sum(), zeros[1].sum(), zeros[2:]
-    total = HeadGradient(hidden, head.weight, needs) if needs.any() else None
+    head = head_operands(tensors, setting)
+    total = HeadGradient(hidden, tensors, setting, needs) if any(needs) else None
     for rows in _trained_chunks(plan, hidden):
         of_rows, value, bound = _one_chunk(plan, head, operand(hidden[rows]), target[rows], rows, total)
         stats[:, rows] = torch.stack(of_rows[:3])

@@ -85,7 +85,8 @@ def row_stats(raw: Tensor, target: Tensor, logit_map: LogitMap, *, with_mean: bo
     raw = raw.to(accumulation_dtype(raw))
     z = logit_map.apply(raw)
     mean = z.mean(-1) if with_mean else None
-    top = z.amax(-1, keepdim=True)
+    # Without a single token, lse is -inf and the rest NaN; a finite maximum keeps lse from being NaN too.
+    top = z.amax(-1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)
     taken = (z.gather(-1, target.clamp(min=0)[:, None]) - top)[:, 0]
     shifted = torch.sub(z, top, out=None if z is raw else z).clamp_(min=LOG_ZERO)
     exp = shifted.exp()
