@@ -35,6 +35,8 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: 
     Raises:
         ValueError: what is wrong, and the remedy.
     """
+    if hasattr(hidden, "device_mesh"):
+        raise ValueError("hidden is a DTensor: pass hidden.full_tensor(), or hidden.to_local() when it is replicated")
     if not hidden.is_floating_point():
         raise ValueError(f"hidden must be floating point, got {hidden.dtype}")
     if hidden.dtype != weight.dtype:

@@ -13,7 +13,7 @@ from fastrl.ops.gemm import accumulation_dtype
 from fastrl.ops.head import HeadSetting, default_chunk_rows
 from fastrl.ops.linear_logprob import reference_logits
 from fastrl.ops.linear_token_loss import differentiated_pass
-from fastrl.ops.local_head import check_backend, found_shard, local_head
+from fastrl.ops.local_head import check_backend, local_head, on_this_rank
 from fastrl.ops.logit_map import LogitMap
 from fastrl.ops.row_kernels import row_kernels
 from fastrl.ops.single_pass import Plan
@@ -65,7 +65,8 @@ def linear_cross_entropy(
         ignore_index: target id of tokens without a loss.
         process_group: ranks that hold the vocabulary together, in equal parts and in the order of ranks; weight and
             bias are this rank's part [V / ranks, ..], targets and valid_vocab still count all tokens, and everything
-            else is the same on every rank. All ranks must call. None: weight is the whole vocabulary.
+            else is the same on every rank. All ranks must call. A DTensor cut along dimension 0 by this group will
+            do, and its parts may differ in size. None: weight is the whole vocabulary, perhaps a replicated DTensor.
         chunk_rows: rows worked on at a time; None fits a memory budget. Changes rounding only.
         backend: "reference" (N x V numbers, plain autograd), "torch" or "triton" (chunks); None: the machine's best.
 
@@ -81,6 +82,7 @@ def linear_cross_entropy(
     Source: label smoothing, Szegedy et al. 2016, arXiv:1512.00567, sec. 7; z-loss, Chowdhery et al. 2022,
         arXiv:2204.02311, sec. 5.
     """
+    weight, bias, shard = on_this_rank(weight, bias, process_group)
     check_shapes(
         "hidden[N,D] weight[V,D] target[N] bias[V] temperature[N] token_weight[N]",
         {
@@ -94,7 +96,6 @@ def linear_cross_entropy(
     )
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-    shard = found_shard(weight, process_group)
     vocabulary = weight.shape[0] if shard is None else shard.total
     check_head(hidden, weight, bias, vocabulary, valid_vocab)
     target = target.masked_fill(target == ignore_index, -1)

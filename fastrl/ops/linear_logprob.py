@@ -26,7 +26,7 @@ from fastrl.ops.head import (
     default_chunk_rows,
     head_operands,
 )
-from fastrl.ops.local_head import check_backend, found_shard, local_head
+from fastrl.ops.local_head import check_backend, local_head, on_this_rank
 from fastrl.ops.logit_map import LogitMap
 from fastrl.ops.row_kernels import row_kernels
 from fastrl.ops.token_stats import RowGrads, RowStats, TokenStats, reference_stats
@@ -73,7 +73,8 @@ def linear_logprob(
             backward; 0 keeps none, None 0.25. Kept in hidden's dtype; capped logits are never kept.
         process_group: ranks that hold the vocabulary together, in equal parts and in the order of ranks; weight and
             bias are this rank's part [V / ranks, ..], targets and valid_vocab still count all tokens, and everything
-            else is the same on every rank. All ranks must call. None: weight is the whole vocabulary.
+            else is the same on every rank. All ranks must call. A DTensor cut along dimension 0 by this group will
+            do, and its parts may differ in size. None: weight is the whole vocabulary, perhaps a replicated DTensor.
         chunk_rows: rows worked on at a time; None fits a memory budget. Changes rounding only.
         batch_invariant: give a row the same bits in every batch: the statistics come out of a Triton product with
             fixed tiles, never out of a product that may sum in another order for other N; nothing is cached. Triton
@@ -94,6 +95,7 @@ def linear_logprob(
         ValueError: shapes, dtypes or ranges that do not fit (target ids are range-checked on CPU only).
         RuntimeError: the backend that was asked for cannot run here.
     """
+    weight, bias, shard = on_this_rank(weight, bias, process_group)
     check_shapes(
         "hidden[N,D] weight[V,D] target[N] bias[V] temperature[N]",
         {
@@ -104,7 +106,6 @@ def linear_logprob(
             "temperature": temperature if isinstance(temperature, Tensor) else None,
         },
     )
-    shard = found_shard(weight, process_group)
     vocabulary = weight.shape[0] if shard is None else shard.total
     check_head(hidden, weight, bias, vocabulary, valid_vocab)
     check_target(target, valid_vocab or vocabulary)

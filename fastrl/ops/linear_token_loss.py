@@ -17,7 +17,7 @@ from fastrl.ops.checks import check_chunk_rows, check_constant, check_head, chec
 from fastrl.ops.gemm import accumulation_dtype
 from fastrl.ops.head import HeadSetting, HeadTensors, Needs, default_chunk_rows
 from fastrl.ops.linear_logprob import reference_logits
-from fastrl.ops.local_head import check_backend, found_shard, local_head
+from fastrl.ops.local_head import check_backend, local_head, on_this_rank
 from fastrl.ops.logit_map import LogitMap
 from fastrl.ops.row_kernels import row_kernels
 from fastrl.ops.single_pass import Plan, single_pass
@@ -87,7 +87,8 @@ def linear_token_loss(
             (2 |d logprob| (1 - p) + 2 |d entropy| entropy) |logit_scale| / temperature. 0 leaves out zeros only.
         process_group: ranks that hold the vocabulary together, in equal parts and in the order of ranks; weight and
             bias are this rank's part [V / ranks, ..], targets and valid_vocab still count all tokens, and everything
-            else is the same on every rank. All ranks must call. None: weight is the whole vocabulary.
+            else is the same on every rank. All ranks must call. A DTensor cut along dimension 0 by this group will
+            do, and its parts may differ in size. None: weight is the whole vocabulary, perhaps a replicated DTensor.
         chunk_rows: rows worked on at a time; None fits a memory budget. Changes rounding only.
         backend: "reference" (N x V numbers, plain autograd), "torch" or "triton" (chunks); None: the machine's best.
 
@@ -105,6 +106,7 @@ def linear_token_loss(
         ValueError: shapes, dtypes or ranges that do not fit, or a loss_fn that closes over trainable tensors.
         RuntimeError: the backend that was asked for cannot run here.
     """
+    weight, bias, shard = on_this_rank(weight, bias, process_group)
     check_shapes(
         "hidden[N,D] weight[V,D] target[N] bias[V] temperature[N] row_weight[N]",
         {
@@ -116,7 +118,6 @@ def linear_token_loss(
             "row_weight": row_weight,
         },
     )
-    shard = found_shard(weight, process_group)
     vocabulary = weight.shape[0] if shard is None else shard.total
     check_head(hidden, weight, bias, vocabulary, valid_vocab)
     check_target(target, valid_vocab or vocabulary)

@@ -1,23 +1,83 @@
-"""The head as this rank works on it: its shard of the vocabulary, without the padding."""
+"""The head as this rank works on it: plain tensors, its shard of the vocabulary, without the padding."""
 
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from fastrl.ops.head import HeadSetting, HeadTensors
-from fastrl.ops.vocab_parallel import VocabShard, equal_shard
+from fastrl.ops.vocab_parallel import VocabShard, cut_shard, equal_shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def found_shard(weight: Tensor, process_group: ProcessGroup | None) -> VocabShard | None:
-    """Which tokens the rows of weight are; None when they are all."""
-    return None if process_group is None else equal_shard(weight.shape[0], process_group)
+def on_this_rank(
+    weight: Tensor, bias: Tensor | None, process_group: ProcessGroup | None
+) -> tuple[Tensor, Tensor | None, VocabShard | None]:
+    """Plain tensors in place of a distributed head, and which tokens their rows are; None when they are all.
+
+    A replicated DTensor is its local tensor. One sharded by tokens needs process_group: it looks the same whether
+    tensor parallelism cut it, with equal hidden states on every rank, or FSDP, with other hidden states on each.
+
+    Raises:
+        ValueError: a weight that is elsewhere, with the way to get it here.
+    """
+    _refuse_gathered_elsewhere(weight)
+    bias = None if bias is None else _unwrapped("bias", bias, process_group)
+    if process_group is None:
+        return _unwrapped("weight", weight, None), bias, None
+    if not _is_dtensor(weight):
+        return weight, bias, equal_shard(weight.shape[0], process_group)
+    return _unwrapped("weight", weight, process_group), bias, cut_shard(weight.shape[0], process_group)
+
+
+def _refuse_gathered_elsewhere(weight: Tensor) -> None:
+    """Raise for parameters that their owner has emptied until the module's forward."""
+    if getattr(weight, "ds_status", None) is not None and weight.numel() == 0:
+        raise ValueError(
+            "weight is a DeepSpeed ZeRO-3 parameter that is not gathered: call the op inside the head module's forward, "
+            "or inside `with deepspeed.zero.GatheredParameters([weight]):`"
+        )
+    if weight.dim() == 1:
+        raise ValueError(
+            f"weight must be [V,D], got shape {tuple(weight.shape)}; an FSDP parameter is flat outside its module's "
+            "forward: call the op inside that forward, or inside FullyShardedDataParallel.summon_full_params"
+        )
+
+
+def _is_dtensor(x: Tensor) -> bool:
+    # Nobody has a DTensor before somebody imported it; the import takes a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def _unwrapped(name: str, x: Any, group: ProcessGroup | None) -> Tensor:
+    """A plain tensor itself, or a DTensor's local one; its gradient becomes a DTensor again."""
+    if not _is_dtensor(x):
+        return x  # type: ignore[no-any-return]
+    cut = [i for i, placement in enumerate(x.placements) if not placement.is_replicate()]
+    if not cut and group is None:
+        return x.to_local()  # type: ignore[no-any-return]
+    if group is None:
+        raise ValueError(
+            f"{name} is a DTensor with placements {x.placements}: for an FSDP parameter call the op inside its "
+            "module's forward or after unshard(); for a vocabulary that tensor parallelism cut, with the same hidden "
+            "states on every rank, pass process_group=weight.device_mesh.get_group(); else pass full_tensor()"
+        )
+    by_tokens = len(cut) == 1 and x.placements[cut[0]].is_shard(0)
+    ranks = dist.get_process_group_ranks(group)
+    if not by_tokens or dist.get_process_group_ranks(x.device_mesh.get_group(cut[0])) != ranks:
+        raise ValueError(
+            f"{name} is a DTensor with placements {x.placements}: with process_group it must be cut along dimension 0 "
+            "by exactly that group's mesh dimension; redistribute() it"
+        )
+    return x.to_local()  # type: ignore[no-any-return]
 
 
 def check_backend(chosen: str, shard: VocabShard | None) -> None:

@@ -64,10 +64,22 @@ class VocabShard:
 
 def equal_shard(rows: int, group: dist.ProcessGroup) -> VocabShard:
     """The shard of a rank that holds `rows` tokens, as every other does, in the order of ranks."""
+    return cut_shard(rows * dist.get_world_size(group), group)
+
+
+def cut_shard(total: int, group: dist.ProcessGroup) -> VocabShard:
+    """This rank's shard of `total` tokens cut as torch.chunk and DTensor cut: ceil(total / ranks) each, the rest last.
+
+    Raises:
+        ValueError: this rank is not in the group, or some rank would have no token.
+    """
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError("process_group must contain this rank: pass the group whose ranks hold the vocabulary")
-    return VocabShard(group, rank * rows, rows, ranks * rows, rows)
+    widest = -(-total // ranks)
+    if total and total <= (ranks - 1) * widest:
+        raise ValueError(f"a vocabulary of {total} in parts of {widest} leaves ranks of {ranks} without any: use fewer")
+    return VocabShard(group, rank * widest, min(widest, total - rank * widest), total, widest)
 
 
 def sharded(kernels: RowKernels, shard: VocabShard) -> RowKernels:

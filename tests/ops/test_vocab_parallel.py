@@ -11,9 +11,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fastrl.ops import linear_cross_entropy, linear_logprob, linear_token_loss
-from fastrl.testing import assert_no_worse_than, double, linear_logprob_inputs, value_and_grads
+from fastrl.testing import (
+    ValueAndGrads,
+    assert_no_worse_than,
+    cotangent,
+    double,
+    linear_logprob_inputs,
+    value_and_grads,
+)
 
 N, D, V, RANKS = 23, 8, 42, 2
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -98,8 +107,35 @@ def _work(rank, folder):
     except ValueError as error:
         found["refusal"] = str(error)
     found["no rows"] = no_rows
+    found["dtensor"] = _with_dtensors()
     torch.save(found, f"{folder}/{rank}")
     dist.destroy_process_group()
+
+
+def _with_dtensors():
+    """Replicated and cut DTensors, and what is refused; 41 tokens make parts of 21 and 20."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    hidden, weight, bias, target = (x[:41] for x in case_inputs("logprob", torch.float64))
+    found = {"one rank": value_and_grads(logprob, hidden, weight, bias, target % 41)}
+    for name, placement, group in (("replicated", Replicate(), None), ("cut", Shard(0), mesh.get_group())):
+        leaves = [hidden.clone().requires_grad_()]
+        leaves += [distribute_tensor(x, mesh, [placement]).requires_grad_() for x in (weight, bias)]
+        values = logprob(*leaves, target % 41, process_group=group)
+        sum((cotangent(y, k) * y).sum() for k, y in enumerate(values)).backward()
+        grads = [x.grad.full_tensor() if isinstance(x.grad, DTensor) else x.grad for x in leaves]
+        found[name] = ValueAndGrads(tuple(y.detach() for y in values), tuple(grads))
+    refused = {
+        "cut without a group": (distribute_tensor(weight, mesh, [Shard(0)]), None),
+        "cut along D": (distribute_tensor(weight, mesh, [Shard(1)]), mesh.get_group()),
+        "replicated with a group": (distribute_tensor(weight, mesh, [Replicate()]), mesh.get_group()),
+    }
+    for name, (distributed, group) in refused.items():
+        with pytest.raises(ValueError, match="is a DTensor") as raised:
+            logprob(hidden, distributed, None, target % 41, process_group=group)
+        found[name] = str(raised.value)
+    with pytest.raises(ValueError, match="hidden is a DTensor"):
+        logprob(distribute_tensor(hidden, mesh, [Replicate()]), weight, None, target % 41)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +180,30 @@ def test_no_rows_need_no_collective_and_give_zero(ranks):
 def test_targets_are_checked_against_the_whole_vocabulary(ranks):
     for found in ranks:
         assert "below the vocabulary of 42" in found["refusal"]
+
+
+@pytest.mark.parametrize("name", ["replicated", "cut"])
+def test_a_dtensor_head_gives_the_gradients_of_a_plain_one(ranks, name):
+    for found in (rank["dtensor"] for rank in ranks):
+        assert_no_worse_than(naive=found["one rank"], got=found[name], truth=found["one rank"], slack=1e-12)
+
+
+def test_a_dtensor_that_may_be_fsdps_is_refused_with_the_remedies(ranks):
+    for found in (rank["dtensor"] for rank in ranks):
+        assert "unshard()" in found["cut without a group"]
+        assert "process_group=weight.device_mesh.get_group()" in found["cut without a group"]
+        assert "cut along dimension 0" in found["cut along D"]
+        assert "cut along dimension 0" in found["replicated with a group"]
+
+
+def test_parameters_that_are_not_gathered_are_refused_by_name():
+    hidden, target = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+    partitioned = torch.nn.Parameter(torch.zeros(0))
+    partitioned.ds_status = "NOT_AVAILABLE"
+    with pytest.raises(ValueError, match=r"ZeRO-3 parameter .*forward, or inside .*GatheredParameters"):
+        linear_logprob(hidden, partitioned, target)
+    with pytest.raises(ValueError, match=r"flat outside .* summon_full_params"):
+        linear_cross_entropy(hidden, torch.zeros(12), target)
 
 
 def test_the_specification_has_one_rank_and_says_so(tmp_path):
