@@ -10,7 +10,7 @@ THREADS := OMP_NUM_THREADS=1
 TORCH_INDEX ?=
 CPU_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: install demo test check test-slow test-gpu kernels-audit bench bench-cpu clean
+.PHONY: install demo test check test-slow test-gpu kernels-audit bench bench-cpu example-gsm8k clean
 
 install: $(VENV)/.installed
 
@@ -51,6 +51,10 @@ bench: install
 
 bench-cpu: install
 	$(BIN)/python -m bench --device cpu --quick
+
+# Six minutes of processor time; needs GSM8K's train.jsonl (examples/gsm8k/README.md).
+example-gsm8k: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" examples/gsm8k/run.sh
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -21,13 +21,17 @@ from fastrl.train.prompts import load_prompts
 
 
 def run(config: EvalConfig) -> int:
-    """Print what each reward says of the model's completions; write them to `output_dir` when it is given."""
+    """Print what each reward says of the model's completions; write them to `output_dir` when it is given.
+
+    Returns:
+        0, or 1 when no reward judged any completion.
+    """
     experience, names = judge(config)
     for name, error in experience.scores.errors.items():
         print(f"{name} failed on {error.count} completions; the first:\n{error.first}", file=sys.stderr)
     found = totals(experience, names)
-    for name, value in found.items():
-        print(f"{name}: {value}")
+    for name in names:
+        print(f"{name}: {found.get(name, 'no verdict on any completion')}")
     if config.output_dir is not None:
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,7 +42,7 @@ def run(config: EvalConfig) -> int:
         log.close()
         record = {name: {"mean": e.mean, "standard_error": e.standard_error, "n": e.n} for name, e in found.items()}
         (folder / "eval.json").write_text(json.dumps(record, indent=1) + "\n")
-    return 0
+    return 0 if found else 1
 
 
 def judge(config: EvalConfig) -> tuple[Experience, list[str]]:
@@ -79,9 +83,10 @@ def judge(config: EvalConfig) -> tuple[Experience, list[str]]:
 
 
 def totals(experience: Experience, names: list[str]) -> dict[str, Estimate]:
-    """Return the mean of each reward, and of their sum when there are several, clustered by prompt."""
+    """Return the mean of each reward, clustered by prompt; a reward that judged nothing is absent."""
     group = experience.group.tolist()
-    found = {
-        name: estimate_by_group(values, group) for name, values in zip(names, experience.scores.values, strict=True)
+    return {
+        name: estimate_by_group(values, group)
+        for name, values in zip(names, experience.scores.values, strict=True)
+        if any(value is not None for value in values)
     }
-    return found if len(names) == 1 else found | {"reward": estimate_by_group(experience.scores.total, group)}

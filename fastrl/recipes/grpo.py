@@ -174,9 +174,9 @@ def learn(config: GRPOConfig, setup: Setup, journal: Journal, experience: Experi
         algorithm = _steered(setup.algorithm, progress)
         metrics = of_round | metrics | {"time/train": perf_counter() - started}
         metrics |= _speed(metrics, n_tokens / len(updates), step, progress, setup.policy.device)
-        if progress.step % config.logging_steps == 0 or progress.step >= setup.total_steps:
-            journal.write(progress.step, metrics, samples)
-            samples = []
+        is_shown = progress.step % config.logging_steps == 0 or progress.step >= setup.total_steps
+        journal.write(progress.step, metrics, samples, is_shown=is_shown)
+        samples = [] if is_shown else samples
         if exceeds_target_kl(metrics.get("approx_kl", 0.0), config.target_kl):
             break
     return progress

@@ -104,8 +104,7 @@ def run(config: SFTConfig) -> int:
                     "truncated_rows": train.n_truncated,
                 }
                 is_last = state.step == total_steps
-                if is_last or state.step % config.logging_steps == 0:
-                    journal.write(state.step, metrics)
+                journal.write(state.step, metrics, is_shown=is_last or state.step % config.logging_steps == 0)
                 if held_out and (is_last or (config.eval_steps and state.step % config.eval_steps == 0)):
                     evaluated = mean_loss(
                         model, batch_loss, packed(held_out, token_budget=config.packing.token_budget, device=device)

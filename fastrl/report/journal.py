@@ -49,9 +49,13 @@ class Journal:
         step: int,
         metrics: Mapping[str, float],
         samples: Sequence[CompletionSample] = (),
+        *,
+        is_shown: bool = True,
     ) -> None:
-        """Log one step everywhere."""
+        """Log one step: always to metrics.jsonl, and everywhere else when it is shown."""
         self._metrics.write(step, metrics)
+        if not is_shown:
+            return
         if samples:
             self._completions.write(step, samples)
         for log in self._trackers:

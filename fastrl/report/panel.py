@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ROWS: Mapping[str, str] = {
     "reward": "reward",
     "eval/reward": "eval reward",
+    "eval/loss": "eval loss",
     "rewards/accuracies": "accuracy",
     "accuracy": "accuracy",
     "mean_token_accuracy": "token accuracy",

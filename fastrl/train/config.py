@@ -117,7 +117,7 @@ class TrainConfig:
         device: where to train; auto takes a GPU when there is one.
         attn_implementation: attention over packed sequences; auto is torch's varlen kernel on CUDA, else sdpa.
         trust_remote_code: run Python code that comes with the model.
-        logging_steps: steps between log lines.
+        logging_steps: steps between lines on the terminal and to the trackers; metrics.jsonl has every step.
         save_steps: steps between checkpoints.
         save_total_limit: newest checkpoints kept; None keeps all.
         eval_steps: steps between evaluations on eval_dataset.

@@ -72,7 +72,7 @@ def test_steps_whose_groups_all_lack_signal_are_skipped_and_the_run_goes_on(base
 def test_failures_of_a_reward_are_counted_every_step_and_never_a_zero(base: Base, tmp_path: Path) -> None:
     lines = run_grpo(base, tmp_path / "run", reward_funcs=(f"{JUDGE}:broken",), logging_steps=2)
     assert column(lines, "reward") == column(lines, "rewards/broken/mean") == []
-    assert column(lines, "sampling/error_rate") == column(lines, "rewards/broken/error_rate") == [1.0, 1.0]
+    assert column(lines, "sampling/error_rate") == column(lines, "rewards/broken/error_rate") == [1.0] * 4
     errors = read_log(tmp_path / "run" / "errors.jsonl")
     assert [(error["step"], error["count"]) for error in errors] == [(1, 8), (2, 8), (3, 8), (4, 8)]
     assert "no such answer" in errors[0]["message"]

@@ -93,15 +93,18 @@ def test_the_evaluation_is_the_loss_on_the_held_out_rows_and_comes_when_asked(ba
     options: dict[str, Any] = {"eval_dataset": str(held_out), "eval_steps": 2, "logging_steps": 3, "max_steps": 5}
     lines = run(base, tmp_path / "run", packing=PackingBlock(token_budget=16), **options)
     assert [(line["step"], "eval/loss" in line) for line in lines] == [
+        (1, False),
+        (2, False),
         (2, True),
         (3, False),
+        (4, False),
         (4, True),
         (5, False),
         (5, True),
     ]
     trained = load_model(tmp_path / "run" / "model", dtype=torch.float32, device="cpu")
     assert lines[-1]["eval/loss"] == pytest.approx(loss_by_hand(trained, base, list(range(5))), rel=1e-5)
-    assert lines[-1]["eval/loss"] < lines[0]["eval/loss"]
+    assert lines[-1]["eval/loss"] < lines[2]["eval/loss"]
 
 
 def test_label_smoothing_raises_the_loss_of_the_same_model(base: Base, tmp_path: Path) -> None:
