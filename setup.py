@@ -50,7 +50,7 @@ def extensions() -> list[Extension]:
             depends=["csrc/fastrl.h"],
             include_dirs=[str(torch_root / "include")],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
-            extra_compile_args=["-O3", "-g0", "-std=c++20", "-fvisibility=hidden"],
+            extra_compile_args=["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-fopenmp-simd"],
             library_dirs=[str(torch_root / "lib")],
             libraries=["torch_cpu"],
             py_limited_api=True,

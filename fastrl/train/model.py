@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastrl.train.attention import Implementation, packing, use_packed_attention
+from fastrl.train.native_layers import use_native_layers
 from fastrl.train.progress_bars import without_progress_bars
 from fastrl.types import Head, TokenBatch
 
@@ -71,6 +72,7 @@ def load_model(
     model.to(device).eval()
     turn_off_dropout(model)
     use_packed_attention(model, attn_implementation)
+    use_native_layers(model)
     if gradient_checkpointing:
         checkpoint_activations(model)
     check_packing(model)

@@ -6,6 +6,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from fastrl.train.attention import use_packed_attention
+from fastrl.train.native_layers import use_native_layers
 
 
 def make_tiny_qwen3(
@@ -60,4 +61,5 @@ def make_tiny_qwen3(
                 0.0, deviation / (2 * layers) ** 0.5 if is_residual_output else deviation, generator=generator
             )
     use_packed_attention(model, "sdpa")
+    use_native_layers(model)
     return model.eval()  # type: ignore[no-any-return]
