@@ -11,6 +11,7 @@ from fastrl.ops.linear_logprob import linear_logprob as linear_logprob
 from fastrl.ops.linear_token_loss import TokenLoss as TokenLoss
 from fastrl.ops.linear_token_loss import linear_token_loss as linear_token_loss
 from fastrl.ops.logits_logprob import logits_logprob as logits_logprob
+from fastrl.ops.lora import Lora as Lora
 from fastrl.ops.reverse_scan import reverse_scan as reverse_scan
 from fastrl.ops.token_objective import Kl as Kl
 from fastrl.ops.token_objective import TokenObjective as TokenObjective

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.ops.gemm import accumulation_dtype, addmm_, mm_aligned, operand
+from fastrl.ops.gemm import accumulation_dtype, addmm_, mm, mm_aligned, operand
 from fastrl.ops.logit_map import LogitMap
+from fastrl.ops.lora import Lora
 from fastrl.ops.row_kernels import RowKernels
 from fastrl.ops.token_stats import RowStats
 from fastrl.ops.vocab_parallel import VocabShard, sharded
@@ -35,10 +36,12 @@ def chunks(n: int, size: int) -> Iterator[slice]:
 
 
 class HeadTensors(NamedTuple):
-    """What of a head can want a gradient, as this rank has it: weight [V, D], bias [V] or None."""
+    """What of a head can want a gradient, as this rank has it: weight [V, D], bias [V], LoRA's a [r, D], b [V, r]."""
 
     weight: Tensor
     bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +52,13 @@ class HeadSetting:
         logit_map: of all N rows.
         kernels: the backend's.
         shard: the tokens of this rank; None: all of them.
+        lora_scale: of LoRA's product.
     """
 
     logit_map: LogitMap
     kernels: RowKernels
     shard: VocabShard | None
+    lora_scale: float = 1.0
 
     def widest(self, tensors: HeadTensors) -> int:
         """Tokens on the rank with most, alike on all ranks."""
@@ -69,32 +74,44 @@ class HeadOperands:
         bias: [V] in the accumulation dtype, or None.
         logit_map: of all N rows.
         kernels: what works on its logits.
+        lora: its tensors in weight's dtype, or None.
     """
 
     weight: Tensor
     bias: Tensor | None
     logit_map: LogitMap
     kernels: RowKernels
+    lora: Lora | None
 
     def raw(self, hidden: Tensor) -> Tensor:
         """hidden [C, D] operand -> [C, V] logits before the map, in the accumulation dtype; fresh memory."""
         logits = mm_aligned(hidden, self.weight.t())
+        if self.lora is not None:
+            addmm_(logits, low_rank(hidden, self.lora.a.t(), self.lora), self.lora.b.t())
         return logits if self.bias is None else logits.add_(self.bias)
 
     def stats(self, hidden: Tensor, target: Tensor, logit_map: LogitMap, *, with_mean: bool = False) -> RowStats:
         """Statistics of hidden [C, D], target [C] whose logits nobody needs afterwards; logit_map is of these rows."""
-        found = self.kernels.product_stats(hidden, self.weight, self.bias, target, logit_map, with_mean=with_mean)
-        if found is not None:
-            return found
+        if self.lora is None:
+            found = self.kernels.product_stats(hidden, self.weight, self.bias, target, logit_map, with_mean=with_mean)
+            if found is not None:
+                return found
         return self.kernels.stats(self.raw(hidden), target, logit_map, with_mean=with_mean)
 
 
 def head_operands(tensors: HeadTensors, setting: HeadSetting) -> HeadOperands:
     """The head ready for products, with kernels that know its shard."""
-    weight, bias = tensors
+    weight, bias, a, b = tensors
+    multiplied = operand(weight)
+    lora = None if a is None or b is None else Lora(a.to(multiplied.dtype), b.to(multiplied.dtype), setting.lora_scale)
     wide_bias = None if bias is None else bias.to(accumulation_dtype(weight)).contiguous()
     kernels = setting.kernels if setting.shard is None else sharded(setting.kernels, setting.shard)
-    return HeadOperands(operand(weight), wide_bias, setting.logit_map, kernels)
+    return HeadOperands(multiplied, wide_bias, setting.logit_map, kernels, lora)
+
+
+def low_rank(x: Tensor, factor: Tensor, lora: Lora) -> Tensor:
+    """scale x factor [C, r], rounded to the operands' dtype."""
+    return mm(x, factor).mul_(lora.scale).to(x.dtype)
 
 
 class Needs(NamedTuple):
@@ -103,23 +120,27 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+    lora_a: bool
+    lora_b: bool
 
 
 class HeadGradient:
-    """Owns the sums that chunks add to: d hidden [N, D], d weight [V, D], d bias [V]; None where not needed.
+    """Owns the sums that chunks add to: d hidden [N, D] and one like each of HeadTensors; None where not needed.
 
-    d weight and d bias are summed in the accumulation dtype; each d hidden row is written once. Shards of a vocabulary
-    have their own d weight and d bias, and each a part of d hidden.
+    They are summed in the accumulation dtype; each d hidden row is written once. Shards of a vocabulary have their own
+    d weight, d bias and d lora_b, and each a part of d hidden and d lora_a.
     """
 
     def __init__(self, hidden: Tensor, tensors: HeadTensors, setting: HeadSetting, needs: Needs) -> None:
-        weight, dtype, self.shard = tensors.weight, accumulation_dtype(hidden), setting.shard
+        dtype, self.shard = accumulation_dtype(hidden), setting.shard
         # fp16 cannot hold a token's share of the loss; it is rounded after grad_output (a GradScaler's) multiplied it.
         # Parts of several ranks are rounded once, after their sum.
         kept = dtype if hidden.dtype == torch.float16 or self.shard is not None else hidden.dtype
         self.hidden = torch.zeros(hidden.shape, dtype=kept, device=hidden.device) if needs.hidden else None
-        self.weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs.weight else None
-        self.bias = torch.zeros(weight.shape[0], dtype=dtype, device=weight.device) if needs.bias else None
+        self.weight, self.bias, self.lora_a, self.lora_b = (
+            torch.zeros(x.shape, dtype=dtype, device=x.device) if x is not None and is_needed else None
+            for x, is_needed in zip(tensors, needs[1:], strict=True)
+        )
 
     def dtype(self, hidden: Tensor) -> torch.dtype:
         """What `add` wants the chunk's gradient in: the operand's dtype, wider while d bias has yet to be summed."""
@@ -139,21 +160,36 @@ class HeadGradient:
         rounded = gradient.to(hidden.dtype)
         if self.weight is not None:
             addmm_(self.weight, rounded.t(), hidden)
+        d_low = None if head.lora is None else self._add_lora(head.lora, hidden, rounded)
         if self.hidden is None:
             return
-        if isinstance(rows, slice) and self.hidden.dtype == rounded.dtype:
+        if isinstance(rows, slice) and self.hidden.dtype == rounded.dtype and head.lora is None:
             torch.mm(rounded, head.weight, out=self.hidden[rows])
-        else:
-            self.hidden[rows] = torch.mm(rounded, head.weight).to(self.hidden.dtype)
+            return
+        d_hidden = mm(rounded, head.weight)
+        if head.lora is not None and d_low is not None:
+            addmm_(d_hidden, d_low, head.lora.a)
+        self.hidden[rows] = d_hidden.to(self.hidden.dtype)
+
+    def _add_lora(self, lora: Lora, hidden: Tensor, gradient: Tensor) -> Tensor:
+        """Add a chunk to d a and d b; returns d loss / d (hidden a^T) [C, r]."""
+        d_low = low_rank(gradient, lora.b, lora)
+        if self.lora_a is not None:
+            addmm_(self.lora_a, d_low.t(), hidden)
+        if self.lora_b is not None:
+            addmm_(self.lora_b, gradient.t(), low_rank(hidden, lora.a.t(), lora))
+        return d_low
 
     def settled(self, hidden: Tensor, tensors: HeadTensors) -> tuple[Tensor | None, ...]:
         """Call once: the sums for hidden and `tensors`, rounded to their dtypes; for fp16 they stay float32.
 
-        One all-reduce of d hidden when the vocabulary is sharded, whatever a rank has added.
+        One all-reduce each of d hidden and d lora_a when the vocabulary is sharded, whatever a rank has added.
         """
-        if self.shard is not None and self.hidden is not None:
-            self.shard.sum_(self.hidden)
-        pairs = zip((self.hidden, self.weight, self.bias), (hidden, *tensors), strict=True)
+        for part in (self.hidden, self.lora_a):
+            if self.shard is not None and part is not None:
+                self.shard.sum_(part)
+        totals = (self.hidden, self.weight, self.bias, self.lora_a, self.lora_b)
+        pairs = zip(totals, (hidden, *tensors), strict=True)
         return tuple(_rounded(total, like) for total, like in pairs)
 
 

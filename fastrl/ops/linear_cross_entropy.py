@@ -15,6 +15,7 @@ from fastrl.ops.linear_logprob import reference_logits
 from fastrl.ops.linear_token_loss import differentiated_pass
 from fastrl.ops.local_head import check_backend, local_head, on_this_rank
 from fastrl.ops.logit_map import LogitMap
+from fastrl.ops.lora import Lora, adapted
 from fastrl.ops.row_kernels import row_kernels
 from fastrl.ops.single_pass import Plan
 from fastrl.ops.token_stats import RowStats, reference_stats
@@ -34,6 +35,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     bias: Tensor | None = None,
+    lora: Lora | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -58,6 +60,7 @@ def linear_cross_entropy(
             smoothed loss infinite, as it should.
         z_loss: coefficient of lse^2 (PaLM's is 1e-4).
         bias: [V]; differentiable.
+        lora: a trained low-rank change of weight, which is usually frozen then: nothing of its size is made.
         temperature: a number, or [N] one per row; a constant.
         softcap: cap on the logits, before the temperature.
         logit_scale: multiplies the logits, before the cap.
@@ -82,14 +85,16 @@ def linear_cross_entropy(
     Source: label smoothing, Szegedy et al. 2016, arXiv:1512.00567, sec. 7; z-loss, Chowdhery et al. 2022,
         arXiv:2204.02311, sec. 5.
     """
-    weight, bias, shard = on_this_rank(weight, bias, process_group)
+    weight, bias, lora, shard = on_this_rank(weight, bias, lora, process_group)
     check_shapes(
-        "hidden[N,D] weight[V,D] target[N] bias[V] temperature[N] token_weight[N]",
+        "hidden[N,D] weight[V,D] target[N] bias[V] lora.a[r,D] lora.b[V,r] temperature[N] token_weight[N]",
         {
             "hidden": hidden,
             "weight": weight,
             "target": target,
             "bias": bias,
+            "lora.a": None if lora is None else lora.a,
+            "lora.b": None if lora is None else lora.b,
             "temperature": temperature if isinstance(temperature, Tensor) else None,
             "token_weight": token_weight,
         },
@@ -115,12 +120,13 @@ def linear_cross_entropy(
         return loss + z_loss * stats.lse.square() if z_loss else loss
 
     if chosen == "reference":
-        weight, bias = weight[:valid_vocab], None if bias is None else bias[:valid_vocab]
+        weight, bias = adapted(weight, lora)[:valid_vocab], None if bias is None else bias[:valid_vocab]
         rows = row_weight.nonzero()[:, 0]
         z = reference_logits(hidden[rows], weight, bias, logit_map.rows(rows))
         stats = RowStats(*reference_stats(z, target[rows]), z.mean(-1) if label_smoothing else None)
         return (row_weight[rows] * token_loss(stats, rows)).sum()
-    tensors, setting = local_head(weight, bias, HeadSetting(logit_map, row_kernels(chosen), shard), valid_vocab)
+    setting = HeadSetting(logit_map, row_kernels(chosen), shard)
+    tensors, setting = local_head(weight, bias, lora, setting, valid_vocab)
     size = chunk_rows or default_chunk_rows(hidden.shape[0], setting.widest(tensors), hidden.device)
     plan = Plan(token_loss, row_weight, 0.0, size, with_mean=label_smoothing > 0)
     return differentiated_pass(hidden, tensors, setting, target, plan).loss

@@ -28,6 +28,7 @@ from fastrl.ops.head import (
 )
 from fastrl.ops.local_head import check_backend, local_head, on_this_rank
 from fastrl.ops.logit_map import LogitMap
+from fastrl.ops.lora import Lora, adapted
 from fastrl.ops.row_kernels import row_kernels
 from fastrl.ops.token_stats import RowGrads, RowStats, TokenStats, reference_stats
 
@@ -45,6 +46,7 @@ def linear_logprob(
     target: Tensor,
     *,
     bias: Tensor | None = None,
+    lora: Lora | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -65,6 +67,7 @@ def linear_logprob(
         weight: [V, D] head, in hidden's dtype; differentiable.
         target: [N] int64. A negative one is ignored: logprob 0 without gradient, entropy and lse as ever.
         bias: [V], -inf forbids a token; differentiable.
+        lora: a trained low-rank change of weight, which is usually frozen then: nothing of its size is made.
         temperature: divides the capped logits; a number, or [N] one per row; a constant.
         softcap: c in c tanh(z / c), before the temperature; None caps nothing.
         logit_scale: multiplies the logits, before the cap.
@@ -95,14 +98,16 @@ def linear_logprob(
         ValueError: shapes, dtypes or ranges that do not fit (target ids are range-checked on CPU only).
         RuntimeError: the backend that was asked for cannot run here.
     """
-    weight, bias, shard = on_this_rank(weight, bias, process_group)
+    weight, bias, lora, shard = on_this_rank(weight, bias, lora, process_group)
     check_shapes(
-        "hidden[N,D] weight[V,D] target[N] bias[V] temperature[N]",
+        "hidden[N,D] weight[V,D] target[N] bias[V] lora.a[r,D] lora.b[V,r] temperature[N]",
         {
             "hidden": hidden,
             "weight": weight,
             "target": target,
             "bias": bias,
+            "lora.a": None if lora is None else lora.a,
+            "lora.b": None if lora is None else lora.b,
             "temperature": temperature if isinstance(temperature, Tensor) else None,
         },
     )
@@ -113,6 +118,8 @@ def linear_logprob(
     check_chunk_rows(chunk_rows)
     if cache_gib is not None and cache_gib < 0:
         raise ValueError(f"cache_gib must not be negative, got {cache_gib}")
+    if batch_invariant and lora is not None:
+        raise ValueError("batch_invariant has no fixed tiles for lora: merge it into weight with weight + scale b @ a")
     if batch_invariant and hidden.dtype == torch.float64:
         raise ValueError("batch_invariant is for float32, bfloat16 and float16, got torch.float64: cast with .float()")
     chosen = choose(backend, hidden, _IMPLEMENTATIONS)
@@ -123,14 +130,17 @@ def linear_logprob(
             weight,
             target,
             bias=bias,
+            lora=lora,
             temperature=temperature,
             softcap=softcap,
             logit_scale=logit_scale,
             valid_vocab=valid_vocab,
         )
     kernels = row_kernels(chosen, batch_invariant=batch_invariant)
-    setting = HeadSetting(LogitMap(logit_scale, softcap, temperature), kernels, shard)
-    tensors, setting = local_head(weight, bias, setting, valid_vocab)
+    setting = HeadSetting(
+        LogitMap(logit_scale, softcap, temperature), kernels, shard, 1.0 if lora is None else lora.scale
+    )
+    tensors, setting = local_head(weight, bias, lora, setting, valid_vocab)
     size = chunk_rows or default_chunk_rows(hidden.shape[0], setting.widest(tensors), hidden.device)
     cache_bytes = int((CACHE_GIB if cache_gib is None else cache_gib) * 2**30)
     if batch_invariant or not torch.is_grad_enabled():
@@ -144,13 +154,14 @@ def reference(
     target: Tensor,
     *,
     bias: Tensor | None = None,
+    lora: Lora | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     valid_vocab: int | None = None,
 ) -> TokenStats:
     """What `linear_logprob` means: plain differentiable PyTorch over N x V logits, without checks."""
-    weight, bias = weight[:valid_vocab], None if bias is None else bias[:valid_vocab]
+    weight, bias = adapted(weight, lora)[:valid_vocab], None if bias is None else bias[:valid_vocab]
     z = reference_logits(hidden, weight, bias, LogitMap(logit_scale, softcap, temperature))
     return reference_stats(z, target)
 
@@ -170,12 +181,14 @@ class _LinearLogprob(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
         setting: HeadSetting,
         target: Tensor,
         size: int,
         cache_bytes: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tensors, needs = HeadTensors(weight, bias), Needs(*ctx.needs_input_grad[:3])
+        tensors, needs = HeadTensors(weight, bias, lora_a, lora_b), Needs(*ctx.needs_input_grad[:5])
         room = 0 if setting.logit_map.softcap is not None or not any(needs) else cache_bytes
         kept: list[Tensor] = []
         with torch.autocast(hidden.device.type, enabled=False):
@@ -196,9 +209,9 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target, stats, *kept = ctx.saved_tensors
+        hidden, weight, bias, lora_a, lora_b, target, stats, *kept = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):
-            tensors = HeadTensors(weight, bias)
+            tensors = HeadTensors(weight, bias, lora_a, lora_b)
             head = head_operands(tensors, ctx.setting)
             total = HeadGradient(hidden, tensors, ctx.setting, ctx.needs)
             for i, rows in enumerate(chunks(hidden.shape[0], ctx.size)):

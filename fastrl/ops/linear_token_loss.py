@@ -19,6 +19,7 @@ from fastrl.ops.head import HeadSetting, HeadTensors, Needs, default_chunk_rows
 from fastrl.ops.linear_logprob import reference_logits
 from fastrl.ops.local_head import check_backend, local_head, on_this_rank
 from fastrl.ops.logit_map import LogitMap
+from fastrl.ops.lora import Lora, adapted
 from fastrl.ops.row_kernels import row_kernels
 from fastrl.ops.single_pass import Plan, single_pass
 from fastrl.ops.token_stats import TokenStats, reference_stats
@@ -53,6 +54,7 @@ def linear_token_loss(
     loss_fn: LossFunction,
     *,
     bias: Tensor | None = None,
+    lora: Lora | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -77,6 +79,7 @@ def linear_token_loss(
         loss_fn: logprob [C], entropy [C], rows [C] int64 (places in the N rows, to index constants with) ->
             loss [C]. Tensors it closes over must not require grad. A constant gives no gradient.
         bias: [V]; differentiable.
+        lora: a trained low-rank change of weight, which is usually frozen then: nothing of its size is made.
         temperature: a number, or [N] one per row; a constant.
         softcap: cap on the logits, before the temperature.
         logit_scale: multiplies the logits, before the cap.
@@ -106,14 +109,16 @@ def linear_token_loss(
         ValueError: shapes, dtypes or ranges that do not fit, or a loss_fn that closes over trainable tensors.
         RuntimeError: the backend that was asked for cannot run here.
     """
-    weight, bias, shard = on_this_rank(weight, bias, process_group)
+    weight, bias, lora, shard = on_this_rank(weight, bias, lora, process_group)
     check_shapes(
-        "hidden[N,D] weight[V,D] target[N] bias[V] temperature[N] row_weight[N]",
+        "hidden[N,D] weight[V,D] target[N] bias[V] lora.a[r,D] lora.b[V,r] temperature[N] row_weight[N]",
         {
             "hidden": hidden,
             "weight": weight,
             "target": target,
             "bias": bias,
+            "lora.a": None if lora is None else lora.a,
+            "lora.b": None if lora is None else lora.b,
             "temperature": temperature if isinstance(temperature, Tensor) else None,
             "row_weight": row_weight,
         },
@@ -135,14 +140,17 @@ def linear_token_loss(
             target,
             loss_fn,
             bias=bias,
+            lora=lora,
             temperature=temperature,
             softcap=softcap,
             logit_scale=logit_scale,
             valid_vocab=valid_vocab,
             row_weight=row_weight,
         )
-    setting = HeadSetting(LogitMap(logit_scale, softcap, temperature), row_kernels(chosen), shard)
-    tensors, setting = local_head(weight, bias, setting, valid_vocab)
+    setting = HeadSetting(
+        LogitMap(logit_scale, softcap, temperature), row_kernels(chosen), shard, 1.0 if lora is None else lora.scale
+    )
+    tensors, setting = local_head(weight, bias, lora, setting, valid_vocab)
     plan = Plan(
         chunk_loss=lambda stats, rows: loss_fn(stats.logprob, stats.entropy, rows),
         row_weight=None if row_weight is None else row_weight.to(accumulation_dtype(hidden)),
@@ -159,6 +167,7 @@ def reference(
     loss_fn: LossFunction,
     *,
     bias: Tensor | None = None,
+    lora: Lora | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -166,7 +175,7 @@ def reference(
     row_weight: Tensor | None = None,
 ) -> TokenLoss:
     """What `linear_token_loss` means: plain autograd through N x V logits, without checks; nothing is skipped."""
-    weight, bias = weight[:valid_vocab], None if bias is None else bias[:valid_vocab]
+    weight, bias = adapted(weight, lora)[:valid_vocab], None if bias is None else bias[:valid_vocab]
     logit_map = LogitMap(logit_scale, softcap, temperature)
     trained = torch.ones_like(target, dtype=torch.bool) if row_weight is None else row_weight != 0
     rows = trained.nonzero()[:, 0]
@@ -202,12 +211,14 @@ class _SinglePass(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
         setting: HeadSetting,
         target: Tensor,
         plan: Plan,
         needs: Needs,
     ) -> tuple[Tensor, ...]:
-        tensors = HeadTensors(weight, bias)
+        tensors = HeadTensors(weight, bias, lora_a, lora_b)
         loss, stats, skipped_bound, total = single_pass(hidden, tensors, setting, target, needs, plan)
         assert total is not None
         ctx.save_for_backward(*total.settled(hidden, tensors))
@@ -220,7 +231,7 @@ class _SinglePass(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 7
+            return (None,) * 9
         grads = (
             None if grad is None else (grad * grad_loss).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastrl.ops.head import HeadSetting, HeadTensors
+from fastrl.ops.lora import Lora
 from fastrl.ops.vocab_parallel import VocabShard, cut_shard, equal_shard
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def on_this_rank(
-    weight: Tensor, bias: Tensor | None, process_group: ProcessGroup | None
-) -> tuple[Tensor, Tensor | None, VocabShard | None]:
+    weight: Tensor, bias: Tensor | None, lora: Lora | None, process_group: ProcessGroup | None
+) -> tuple[Tensor, Tensor | None, Lora | None, VocabShard | None]:
     """Plain tensors in place of a distributed head, and which tokens their rows are; None when they are all.
 
     A replicated DTensor is its local tensor. One sharded by tokens needs process_group: it looks the same whether
@@ -30,18 +31,19 @@ def on_this_rank(
     """
     _refuse_gathered_elsewhere(weight)
     bias = None if bias is None else _unwrapped("bias", bias, process_group)
-    if process_group is None:
-        return _unwrapped("weight", weight, None), bias, None
-    if not _is_dtensor(weight):
-        return weight, bias, equal_shard(weight.shape[0], process_group)
-    return _unwrapped("weight", weight, process_group), bias, cut_shard(weight.shape[0], process_group)
+    if lora is not None:
+        lora = replace(lora, a=_unwrapped("lora.a", lora.a, None), b=_unwrapped("lora.b", lora.b, process_group))
+    shard = None
+    if process_group is not None:
+        shard = (cut_shard if _is_dtensor(weight) else equal_shard)(weight.shape[0], process_group)
+    return _unwrapped("weight", weight, process_group), bias, lora, shard
 
 
 def _refuse_gathered_elsewhere(weight: Tensor) -> None:
     """Raise for parameters that their owner has emptied until the module's forward."""
     if getattr(weight, "ds_status", None) is not None and weight.numel() == 0:
         raise ValueError(
-            "weight is a DeepSpeed ZeRO-3 parameter that is not gathered: call the op inside the head module's forward, "
+            "weight is a DeepSpeed ZeRO-3 parameter that is not gathered: call the op inside the module's forward, "
             "or inside `with deepspeed.zero.GatheredParameters([weight]):`"
         )
     if weight.dim() == 1:
@@ -87,18 +89,21 @@ def check_backend(chosen: str, shard: VocabShard | None) -> None:
 
 
 def local_head(
-    weight: Tensor, bias: Tensor | None, setting: HeadSetting, valid_vocab: int | None
+    weight: Tensor, bias: Tensor | None, lora: Lora | None, setting: HeadSetting, valid_vocab: int | None
 ) -> tuple[HeadTensors, HeadSetting]:
     """This rank's rows of the valid vocabulary and the setting that counts them.
 
     A rank whose rows are all padding keeps one, with a bias of -inf: a token that is never there and has no gradient.
     """
-    if valid_vocab is None:
-        return HeadTensors(weight, bias), setting
-    if setting.shard is None:
-        return HeadTensors(weight[:valid_vocab], None if bias is None else bias[:valid_vocab]), setting
-    shard = setting.shard.valid(valid_vocab)
-    if shard.size == 0:
-        bias = (weight.new_zeros(1) if bias is None else bias[:1]) - math.inf
-    size = max(shard.size, 1)
-    return HeadTensors(weight[:size], None if bias is None else bias[:size]), replace(setting, shard=shard)
+    size = valid_vocab
+    if valid_vocab is not None and setting.shard is not None:
+        shard = setting.shard.valid(valid_vocab)
+        setting, size = replace(setting, shard=shard), max(shard.size, 1)
+        if shard.size == 0:
+            bias = (weight.new_zeros(1) if bias is None else bias[:1]) - math.inf
+    a, b = (None, None) if lora is None else (lora.a, lora.b)
+    if lora is not None:
+        setting = replace(setting, lora_scale=lora.scale)
+    if size is not None:
+        weight, bias, b = weight[:size], None if bias is None else bias[:size], None if b is None else b[:size]
+    return HeadTensors(weight, bias, a, b), setting

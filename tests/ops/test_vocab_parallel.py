@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from fastrl.ops import linear_cross_entropy, linear_logprob, linear_token_loss
+from fastrl.ops import Lora, linear_cross_entropy, linear_logprob, linear_token_loss
 from fastrl.testing import (
     ValueAndGrads,
     assert_no_worse_than,
@@ -45,6 +45,10 @@ def logprob(hidden, weight, bias, target, **options):
 
 def cross_entropy(hidden, weight, bias, target, **options):
     return linear_cross_entropy(hidden, weight, target, bias=bias, **options)
+
+
+def with_lora(hidden, weight, a, b, target, group=None):
+    return tuple(linear_logprob(hidden, weight, target, lora=Lora(a, b, 0.5), process_group=group, chunk_rows=5))
 
 
 MAP = {"softcap": 2.0, "logit_scale": -1.3, "temperature": TEMPERATURE}
@@ -107,6 +111,10 @@ def _work(rank, folder):
     except ValueError as error:
         found["refusal"] = str(error)
     found["no rows"] = no_rows
+    hidden, weight, _, target = case_inputs("logprob", torch.float64)
+    b = torch.linspace(-1, 1, 2 * V, dtype=torch.float64).reshape(V, 2)
+    found["lora"] = value_and_grads(with_lora, hidden, weight[part], hidden[:2], b[part], target, group)
+    found["lora, one rank"] = value_and_grads(with_lora, hidden, weight, hidden[:2], b, target)
     found["dtensor"] = _with_dtensors()
     torch.save(found, f"{folder}/{rank}")
     dist.destroy_process_group()
@@ -182,6 +190,14 @@ def test_targets_are_checked_against_the_whole_vocabulary(ranks):
         assert "below the vocabulary of 42" in found["refusal"]
 
 
+def test_a_sharded_low_rank_head_gives_the_gradients_of_a_whole_one(ranks):
+    first, second = (found["lora"] for found in ranks)
+    got = [first.grads[0], torch.cat((first.grads[1], second.grads[1])), second.grads[2]]
+    got.append(torch.cat((first.grads[3], second.grads[3])))
+    whole = ranks[0]["lora, one rank"]
+    assert_no_worse_than(naive=whole, got=ValueAndGrads(first.values, tuple(got)), truth=whole, slack=1e-12)
+
+
 @pytest.mark.parametrize("name", ["replicated", "cut"])
 def test_a_dtensor_head_gives_the_gradients_of_a_plain_one(ranks, name):
     for found in (rank["dtensor"] for rank in ranks):
@@ -202,7 +218,7 @@ def test_parameters_that_are_not_gathered_are_refused_by_name():
     partitioned.ds_status = "NOT_AVAILABLE"
     with pytest.raises(ValueError, match=r"ZeRO-3 parameter .*forward, or inside .*GatheredParameters"):
         linear_logprob(hidden, partitioned, target)
-    with pytest.raises(ValueError, match=r"flat outside .* summon_full_params"):
+    with pytest.raises(ValueError, match=r"flat outside .*summon_full_params"):
         linear_cross_entropy(hidden, torch.zeros(12), target)
 
 
