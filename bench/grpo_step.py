@@ -23,52 +23,24 @@ from time import perf_counter, process_time
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from bench.__main__ import ROOT, provenance, write
+from bench.grpo_step_task import CASES, SEED, Case, fastrl_config, reward_of, trl_settings, write_task
 from bench.grpo_step_trl import MODES, TRLRun, trl_first_step
 from fastrl.recipes.grpo import learn
 from fastrl.report.journal import Journal
 from fastrl.report.log import METRICS_FILE
 from fastrl.train.collect import collect_round
-from fastrl.train.config import GRPOConfig, ReportBlock
-from fastrl.train.export import save_pretrained
 from fastrl.train.model import load_tokenizer
 from fastrl.train.order import row_at
 from fastrl.train.policy_setup import set_up
 from fastrl.train.snapshot import Progress
-from fastrl.train.tiny import make_tiny_qwen3
 
-CHARACTERS = "0123456789+= abcdefghijklmnopqrstuvwxyz.,?"
-EOS, PAD = "<eos>", "<pad>"
-GROUPS, GENERATIONS, LENGTH = 8, 8, 32  # prompts of a step, completions of each, tokens of each
-SEED = 0
 UNTIMED_STEPS, BLOCK = 2, 4  # the first steps of each side; then steps of one side before the other's turn
 SAME_LENGTHS = 0.05  # relative difference allowed in sampled tokens; 24 steps of random lengths differ by 2 % or so
 COLUMNS = ("ms", "ms_p10", "ms_p90", "ms_rollout", "ms_rest", "ms_cpu")
 AGREEMENT = 1e-3  # relative, of reward, loss and gradient norm on the same completions, in float32
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A model and how long its completions are; its vocabulary is the characters, its prompts have 6 tokens.
-
-    Attributes:
-        stops: EOS is a token like any other, so lengths vary; else no completion ends before LENGTH.
-    """
-
-    hidden: int
-    layers: int
-    stops: bool
-
-
-CASES = {
-    "D=64, 2 layers, all 32 tokens": Case(64, 2, stops=False),
-    "D=128, 4 layers, all 32 tokens": Case(128, 4, stops=False),
-    "D=64, 2 layers, 1 to 32 tokens": Case(64, 2, stops=True),
-    "D=128, 4 layers, 1 to 32 tokens": Case(128, 4, stops=True),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,63 +56,11 @@ class StepTime:
     cpu_ms: float
 
 
-def vowel_share(completions: Sequence[str], **columns: object) -> list[float]:
-    """Reward of both contenders: vowels, weighed by place so that ties in a group are rare; in [0, 1]."""
-    total = LENGTH * (LENGTH + 1) / 2
-    return [sum(i for i, letter in enumerate(text, 1) if letter in "aeiou") / total for text in completions]
-
-
-def write_task(folder: Path, case: Case, *, steps: int) -> None:
-    """Write `model/` and `prompts.jsonl`: different prompts of one length, enough for `steps`."""
-    tokenizer = _tokenizer()
-    model = make_tiny_qwen3(
-        len(tokenizer),
-        hidden_size=case.hidden,
-        layers=case.layers,
-        heads=4,
-        intermediate_size=2 * case.hidden,
-        context=256,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_embeddings=False,
-        seed=SEED,
-    )
-    never = [tokenizer.pad_token_id] if case.stops else [tokenizer.pad_token_id, tokenizer.eos_token_id]
-    # Coordinate 0 of the residual stream is the same positive number everywhere, and the heads of tokens that must
-    # never be sampled read nothing else, with a large negative weight.
-    with torch.no_grad():
-        model.get_input_embeddings().weight[:, 0] = 1.0
-        for name, weight in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                weight[0] = 0.0
-        head = model.get_output_embeddings().weight
-        head[never] = 0.0
-        head[never, 0] = -100.0
-    save_pretrained(model, tokenizer, folder / "model", card="A tiny Qwen3 with random weights.")
-    prompts = [f"{a}+{b}=" for a in range(10, 100) for b in range(10, 100)][: GROUPS * steps]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-
-
 class FastRLRun:
     """Owner of a fastrl run that is advanced in turns: the loop of `fastrl.recipes.grpo.run` without checkpoints."""
 
-    def __init__(self, folder: Path, output_dir: Path, *, steps: int) -> None:
-        self.config = GRPOConfig(
-            model_name_or_path=str(folder / "model"),
-            output_dir=str(output_dir),
-            train_dataset=str(folder / "prompts.jsonl"),
-            seed=SEED,
-            max_steps=steps,
-            per_device_train_batch_size=GROUPS * GENERATIONS,
-            num_generations=GENERATIONS,
-            max_completion_length=LENGTH,
-            learning_rate=1e-5,
-            reward_funcs=("bench.grpo_step:vowel_share",),
-            parity="trl",
-            logging_steps=10,
-            device="cpu",
-            report=ReportBlock(panel=False),
-        )
+    def __init__(self, folder: Path, output_dir: Path, case: Case, *, steps: int) -> None:
+        self.config = fastrl_config(folder, output_dir, case, steps=steps)
         self.setup = set_up(self.config, load_tokenizer(folder / "model", chat_template=None))
         self.journal = Journal(output_dir, title="", total_steps=steps, live=False, config={})
         self.progress = Progress()
@@ -162,27 +82,29 @@ class FastRLRun:
         self.lengths += map(len, self.completions)
         return StepTime(1e3 * seconds, 1e3 * experience.seconds["rollout"], 1e3 * cpu_seconds)
 
-    def prompts(self) -> list[str]:
-        """The text of the prompts in the order in which the run visits them."""
-        pool = self.setup.prompts
-        return [str(pool[row_at(i, n=len(pool), seed=SEED)].prompt) for i in range(len(pool))]
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the prompt file in the order in which the run visits them."""
+        prompts = self.setup.prompts
+        visited = [prompts[row_at(i, n=len(prompts), seed=SEED)] for i in range(len(prompts))]
+        return [{"prompt": prompt.prompt, **prompt.columns} for prompt in visited]
 
     def close(self) -> None:
         self.journal.close()
 
 
-def check_agreement(folder: Path) -> dict[str, float]:
+def check_agreement(folder: Path, case: Case) -> dict[str, float]:
     """Let both take a step on the completions that fastrl sampled; return the relative difference of what they log.
 
     Raises:
         RuntimeError: they do not compute the same step, so comparing their times would mean nothing.
     """
-    run = FastRLRun(folder, folder / "check", steps=1)
+    run = FastRLRun(folder, folder / "check", case, steps=1)
     run.step()
     run.close()
     logged = json.loads((folder / "check" / METRICS_FILE).read_text())
-    shape = (GROUPS, GENERATIONS, LENGTH)
-    theirs = trl_first_step(folder, run.prompts(), run.completions, reward=vowel_share, shape=shape)
+    theirs = trl_first_step(
+        folder, run.rows(), run.completions, reward=reward_of(case), groups=case.groups, settings=trl_settings(case)
+    )
     names = ("reward", "reward_std", "loss", "grad_norm")
     gaps = {name: abs(logged[name] - theirs[name]) / max(1e-3, abs(theirs[name])) for name in names}
     if max(gaps.values()) > AGREEMENT:
@@ -202,8 +124,8 @@ def measured(case: Case, *, mode: str | None, steps: int) -> list[dict[str, Any]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_task(folder, case, steps=total)
-        gaps = {} if mode is None else check_agreement(folder)
-        fastrl = FastRLRun(folder, folder / "fastrl", steps=total)
+        gaps = {} if mode is None else check_agreement(folder, case)
+        fastrl = FastRLRun(folder, folder / "fastrl", case, steps=total)
         ours = [fastrl.step() for _ in range(UNTIMED_STEPS)]
         if mode is None:
             ours += [fastrl.step() for _ in range(steps)]
@@ -214,8 +136,7 @@ def measured(case: Case, *, mode: str | None, steps: int) -> list[dict[str, Any]
             ours.extend(fastrl.step() for _ in range(BLOCK))
 
         trl = TRLRun(mode, turn=turn, block=BLOCK, untimed=UNTIMED_STEPS)
-        shape = (GROUPS, GENERATIONS, LENGTH)
-        trl.train(folder, fastrl.prompts(), reward=vowel_share, steps=total, shape=shape)
+        trl.train(folder, fastrl.rows(), reward=reward_of(case), steps=total, settings=trl_settings(case))
         fastrl.close()
     theirs = [StepTime(*times) for times in trl.times]
     pair = [
@@ -235,8 +156,9 @@ def measured(case: Case, *, mode: str | None, steps: int) -> list[dict[str, Any]
 
 def _record(contender: str, case: Case, steps: Sequence[StepTime], lengths: Sequence[int]) -> dict[str, Any]:
     """Medians over the timed steps."""
-    if not case.stops and set(lengths) != {LENGTH}:
-        raise RuntimeError(f"{contender}: completions have {min(lengths)} .. {max(lengths)} tokens, not {LENGTH} each")
+    if not case.stops and set(lengths) != {case.length}:
+        found = f"{min(lengths)} .. {max(lengths)} tokens"
+        raise RuntimeError(f"{contender}: completions have {found}, not {case.length} each")
     timed = steps[UNTIMED_STEPS:]
     milliseconds = [step.ms for step in timed]
     deciles = statistics.quantiles(milliseconds, n=10, method="inclusive")
@@ -252,16 +174,6 @@ def _record(contender: str, case: Case, steps: Sequence[StepTime], lengths: Sequ
         "repeats": len(timed),
         "completion_tokens_per_step": sum(lengths) / len(steps),
     }
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    vocabulary = {token: i for i, token in enumerate((*CHARACTERS, EOS, PAD))}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, pad_token=PAD)
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -287,11 +199,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     origin["versions"] |= {name: version(name) for name in ("transformers", "trl") if name != "trl" or has_trl}
     records = []
     for label in options.case:
-        print(f"\n{label}: {GROUPS} prompts x {GENERATIONS} completions x {LENGTH} tokens, {options.threads} threads")
+        case = CASES[label]
+        size = f"{case.groups} prompts x {case.generations} completions x {case.length} tokens"
+        print(f"\n{label}: {size}, {options.threads} threads")
         print(f"  {'milliseconds a step':24}" + "".join(f"{name[3:] or 'median':>9}" for name in COLUMNS))
-        shape = {"name": label, "sizes": asdict(CASES[label])}
+        shape = {"name": label, "sizes": asdict(case)}
         for mode in options.trl if has_trl else [None]:
-            for record in measured(CASES[label], mode=mode, steps=steps):
+            for record in measured(case, mode=mode, steps=steps):
                 print(_line(record), flush=True)
                 records.append({"row": "grpo_step", "shape": shape, **record, **origin})
             if mode is not None:

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 Reward = Callable[..., list[float]]
-Shape = tuple[int, int, int]  # prompts of a step, completions of each, tokens of each
+Row = dict[str, Any]  # of the prompt file: the prompt, and columns for the reward
 
 # How TRL samples without vLLM, which has no place on a CPU beside the trainer.
 MODES: dict[str, dict[str, Any]] = {
@@ -45,14 +45,15 @@ class TRLRun(TrainerCallback):  # type: ignore[misc]
         self.rollout = 0.0
         self.started = perf_counter(), process_time()
 
-    def train(self, folder: Path, prompts: Sequence[str], *, reward: Reward, steps: int, shape: Shape) -> None:
+    def train(self, folder: Path, rows: Sequence[Row], *, reward: Reward, steps: int, settings: Row) -> None:
         """Train `steps` steps; `times` and `lengths` say how it went."""
 
         def counted(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
             self.lengths += map(len, completion_ids)
             return reward(**columns)
 
-        trainer = _trainer(folder, prompts, counted, steps=steps, shape=shape, logging_steps=10, mode=self.mode)
+        settings = settings | {"logging_steps": 10} | MODES[self.mode]
+        trainer = _trainer(folder, rows, counted, steps=steps, settings=settings)
         trainer.add_callback(self)
         for name in ("generate", "generate_batch"):
             setattr(trainer.model, name, self._timed(getattr(trainer.model, name)))
@@ -80,64 +81,61 @@ class TRLRun(TrainerCallback):  # type: ignore[misc]
 
 
 def trl_first_step(
-    folder: Path, prompts: Sequence[str], completions: Sequence[tuple[int, ...]], *, reward: Reward, shape: Shape
+    folder: Path,
+    rows: Sequence[Row],
+    completions: Sequence[tuple[int, ...]],
+    *,
+    reward: Reward,
+    groups: int,
+    settings: Row,
 ) -> dict[str, float]:
     """What TRL logs for one step on given completions of the first batch, group by group."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is the one public way to hand completions in
 
-    def given(asked: list[str], trainer: Any) -> dict[str, Any]:
-        groups, generations, _ = shape
-        if asked != [prompt for prompt in prompts[:groups] for _ in range(generations)]:
+    def given(asked: list[Any], trainer: Any) -> dict[str, Any]:
+        generations = settings["num_generations"]
+        if asked != [row["prompt"] for row in rows[:groups] for _ in range(generations)]:
             raise RuntimeError(f"TRL visits other prompts than fastrl: {asked[::generations]}")
-        prompt_ids = [trainer.processing_class(prompt)["input_ids"] for prompt in asked]
+        prompt_ids = [_prompt_ids(trainer.processing_class, prompt) for prompt in asked]
         return {"prompt_ids": prompt_ids, "completion_ids": [list(ids) for ids in completions], "logprobs": None}
 
-    trainer = _trainer(
-        folder, prompts, reward, steps=1, shape=shape, logging_steps=1, mode="dynamic", rollout_func=given
-    )
+    trainer = _trainer(folder, rows, reward, steps=1, settings=settings | {"logging_steps": 1}, rollout_func=given)
     trainer.train()
     logged: dict[str, float] = trainer.state.log_history[0]
     return logged
 
 
+def _prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def _trainer(
-    folder: Path,
-    prompts: Sequence[str],
-    reward: Reward,
-    *,
-    steps: int,
-    shape: Shape,
-    logging_steps: int,
-    mode: str,
-    rollout_func: Any = None,
+    folder: Path, rows: Sequence[Row], reward: Reward, *, steps: int, settings: Row, rollout_func: Any = None
 ) -> Any:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer  # type: ignore[import-not-found]
 
-    groups, generations, length = shape
     config = GRPOConfig(
         output_dir=str(folder / "trl"),
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
-        per_device_train_batch_size=groups * generations,
-        num_generations=generations,
-        max_completion_length=length,
         max_steps=steps,
-        learning_rate=1e-5,
         shuffle_dataset=False,  # the prompts come in fastrl's order
-        logging_steps=logging_steps,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        **MODES[mode],
+        **settings,
     )
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder / "model"),
         reward_funcs=reward,
         args=config,
-        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        train_dataset=Dataset.from_list(list(rows)),
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
         rollout_func=rollout_func,
     )

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from bench import grpo_step
-from bench.grpo_step import Case, FastRLRun, StepTime, check_agreement, main, vowel_share, write_task
+from bench.grpo_step import FastRLRun, StepTime, check_agreement, main
+from bench.grpo_step_task import CASES, Case, vowel_share, write_task
 from bench.grpo_step_trl import TRLRun
 
 STEP = {"ms", "ms_p10", "ms_p90", "ms_rollout", "ms_rest", "ms_cpu", "repeats", "completion_tokens_per_step"}
@@ -31,7 +32,9 @@ def test_without_trl_the_script_says_so_and_measures_fastrl(
     (record,) = map(json.loads, (tmp_path / "grpo_step.cpu.jsonl").read_text().splitlines())
     assert {"row", "shape", "contender", "dtype"} | STEP | ORIGIN <= record.keys()
     assert (record["row"], record["contender"], record["dtype"]) == ("grpo_step", "fastrl", "float32")
-    assert record["shape"] == {"name": case, "sizes": {"hidden": 64, "layers": 2, "stops": False}}
+    assert record["shape"]["name"] == case
+    sizes = {"hidden": 64, "layers": 2, "stops": False, "groups": 8, "generations": 8, "length": 32, "is_demo": False}
+    assert record["shape"]["sizes"] == sizes
     assert record["repeats"] == 4  # 3, rounded up to a whole turn
     assert record["completion_tokens_per_step"] == 64 * 32
     assert 0 < record["ms_p10"] <= record["ms"] <= record["ms_p90"]
@@ -42,8 +45,9 @@ def test_lengths_vary_only_where_the_model_may_stop(tmp_path: Path):
     lengths = {}
     for stops in (False, True):
         folder = tmp_path / str(stops)
-        write_task(folder, Case(64, 2, stops=stops), steps=1)
-        run = FastRLRun(folder, folder / "run", steps=1)
+        case = Case(64, 2, stops=stops)
+        write_task(folder, case, steps=1)
+        run = FastRLRun(folder, folder / "run", case, steps=1)
         run.step()
         run.close()
         lengths[stops] = run.lengths
@@ -81,8 +85,26 @@ def test_the_other_contenders_turns_are_not_on_trls_clock():
     assert max(ms for ms, _, _ in trl.times) < 100
 
 
+def test_the_demo_case_is_the_demos_own_stage_on_a_model_that_knows_some_of_the_task(tmp_path: Path):
+    case = CASES["demo"]
+    write_task(tmp_path, case, steps=1)
+    run = FastRLRun(tmp_path, tmp_path / "run", case, steps=1)
+    run.step()
+    run.close()
+    config = run.config
+    assert (config.per_device_train_batch_size, config.num_generations, config.max_completion_length) == (512, 8, 8)
+    assert (config.reward_funcs, config.algorithm, config.learning_rate) == (("exact_match",), "grpo", 5e-4)
+    assert len(run.lengths) == 512
+    assert max(run.lengths) <= 8
+    assert len(set(run.lengths)) > 1  # EOS is the model's own
+    assert 0.2 < json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["reward"] < 0.8
+    row = run.rows()[0]
+    assert row["answer"] == "".join(sorted(row["prompt"][0]["content"]))
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_fastrl_and_trl_log_the_same_step_on_the_same_completions(tmp_path: Path):
+@pytest.mark.parametrize("case", [Case(64, 2, stops=True), CASES["demo"]], ids=["vowels", "demo"])
+def test_fastrl_and_trl_log_the_same_step_on_the_same_completions(tmp_path: Path, case: Case):
     pytest.importorskip("trl")
-    write_task(tmp_path, Case(64, 2, stops=True), steps=2)
-    assert max(check_agreement(tmp_path).values()) < 1e-4
+    write_task(tmp_path, case, steps=2)
+    assert max(check_agreement(tmp_path, case).values()) < 1e-4
