@@ -12,6 +12,7 @@ from torch import Tensor
 from fastrl.ops.gemm import accumulation_dtype, addmm_, mm, mm_aligned, operand
 from fastrl.ops.logit_map import LogitMap
 from fastrl.ops.lora import Lora
+from fastrl.ops.main_grad import MainGrad
 from fastrl.ops.row_kernels import RowKernels
 from fastrl.ops.token_stats import RowStats
 from fastrl.ops.vocab_parallel import VocabShard, sharded
@@ -53,12 +54,14 @@ class HeadSetting:
         kernels: the backend's.
         shard: the tokens of this rank; None: all of them.
         lora_scale: of LoRA's product.
+        main_grad: where d weight goes instead of to autograd.
     """
 
     logit_map: LogitMap
     kernels: RowKernels
     shard: VocabShard | None
     lora_scale: float = 1.0
+    main_grad: MainGrad | None = None
 
     def widest(self, tensors: HeadTensors) -> int:
         """Tokens on the rank with most, alike on all ranks."""
@@ -131,16 +134,30 @@ class HeadGradient:
     d weight, d bias and d lora_b, and each a part of d hidden and d lora_a.
     """
 
-    def __init__(self, hidden: Tensor, tensors: HeadTensors, setting: HeadSetting, needs: Needs) -> None:
-        dtype, self.shard = accumulation_dtype(hidden), setting.shard
+    def __init__(
+        self,
+        hidden: Tensor,
+        tensors: HeadTensors,
+        setting: HeadSetting,
+        needs: Needs,
+        *,
+        into_main_grad: bool = False,
+    ) -> None:
+        """Zeros; with into_main_grad d weight is summed in the buffer itself where that has the sums' dtype."""
+        dtype, self.shard, self.main_grad = accumulation_dtype(hidden), setting.shard, setting.main_grad
         # fp16 cannot hold a token's share of the loss; it is rounded after grad_output (a GradScaler's) multiplied it.
         # Parts of several ranks are rounded once, after their sum.
         kept = dtype if hidden.dtype == torch.float16 or self.shard is not None else hidden.dtype
         self.hidden = torch.zeros(hidden.shape, dtype=kept, device=hidden.device) if needs.hidden else None
+        buffer = self.main_grad.buffer if into_main_grad and self.main_grad is not None else None
+        is_summed_there = needs.weight and buffer is not None and buffer.dtype == dtype
+        fresh = (needs.weight and not is_summed_there, *needs[2:])
         self.weight, self.bias, self.lora_a, self.lora_b = (
-            torch.zeros(x.shape, dtype=dtype, device=x.device) if x is not None and is_needed else None
-            for x, is_needed in zip(tensors, needs[1:], strict=True)
+            torch.zeros(x.shape, dtype=dtype, device=x.device) if x is not None and is_fresh else None
+            for x, is_fresh in zip(tensors, fresh, strict=True)
         )
+        if is_summed_there:
+            self.weight = buffer
 
     def dtype(self, hidden: Tensor) -> torch.dtype:
         """What `add` wants the chunk's gradient in: the operand's dtype, wider while d bias has yet to be summed."""
@@ -181,16 +198,18 @@ class HeadGradient:
         return d_low
 
     def settled(self, hidden: Tensor, tensors: HeadTensors) -> tuple[Tensor | None, ...]:
-        """Call once: the sums for hidden and `tensors`, rounded to their dtypes; for fp16 they stay float32.
+        """Call once: the sums for hidden and `tensors`, rounded to their dtypes; for fp16 and main_grad they are not.
 
         One all-reduce each of d hidden and d lora_a when the vocabulary is sharded, whatever a rank has added.
         """
         for part in (self.hidden, self.lora_a):
             if self.shard is not None and part is not None:
                 self.shard.sum_(part)
-        totals = (self.hidden, self.weight, self.bias, self.lora_a, self.lora_b)
-        pairs = zip(totals, (hidden, *tensors), strict=True)
-        return tuple(_rounded(total, like) for total, like in pairs)
+        totals = (self.hidden, self.bias, self.lora_a, self.lora_b)
+        pairs = zip(totals, (hidden, *tensors[1:]), strict=True)
+        d_hidden, *others = (_rounded(total, like) for total, like in pairs)
+        d_weight = self.weight if self.main_grad is not None else _rounded(self.weight, tensors.weight)
+        return d_hidden, d_weight, *others
 
 
 def _rounded(total: Tensor | None, like: Tensor | None) -> Tensor | None:

@@ -89,7 +89,8 @@ def linear_logprob(
         TokenStats of [N] float32 (float64 for float64 inputs), each differentiable with respect to hidden, weight
         and bias, once.
 
-    Gradient: rows whose coefficients are all 0 cost nothing. d weight is summed in float32.
+    Gradient: rows whose coefficients are all 0 cost nothing. d weight is summed in float32; where weight carries a
+        `main_grad` (Megatron's), it is added there and weight gets None (`fastrl.ops.main_grad`).
 
     Cost: 2 N D V operations forward; backward 4 N D V, and 2 N D V more for rows outside the cache. Memory: three
         chunks of float32 logits (four with a cap), the cache, and a float32 [V, D] in backward.
@@ -213,13 +214,16 @@ class _LinearLogprob(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             tensors = HeadTensors(weight, bias, lora_a, lora_b)
             head = head_operands(tensors, ctx.setting)
-            total = HeadGradient(hidden, tensors, ctx.setting, ctx.needs)
+            total = HeadGradient(hidden, tensors, ctx.setting, ctx.needs, into_main_grad=True)
             for i, rows in enumerate(chunks(hidden.shape[0], ctx.size)):
                 cached = kept[i] if i < len(kept) else None
                 _add_chunk(total, head, hidden, target, RowStats(*stats.unbind()), RowGrads(*upstream), rows, cached)
+        d_hidden, d_weight, *others = total.settled(hidden, tensors)
+        if ctx.setting.main_grad is not None and d_weight is not None:
+            d_weight = ctx.setting.main_grad.taken(d_weight)
         grads = (
             None if grad is None else grad.to(x.dtype)
-            for grad, x in zip(total.settled(hidden, tensors), (hidden, *tensors), strict=True)
+            for grad, x in zip((d_hidden, d_weight, *others), (hidden, *tensors), strict=True)
         )
         return *grads, None, None, None, None
 

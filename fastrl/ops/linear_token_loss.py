@@ -99,7 +99,8 @@ def linear_token_loss(
         TokenLoss. The loss is float32 (float64 for float64 inputs).
 
     Gradient: made in forward, multiplied by grad_output out of place in backward, so a second backward
-        (retain_graph), a GradScaler and accumulation see the same numbers. Differentiable once.
+        (retain_graph), a GradScaler and accumulation see the same numbers. Differentiable once. Where weight carries
+        a `main_grad` (Megatron's), that product is added there and weight gets None (`fastrl.ops.main_grad`).
 
     Cost: 6 A D V operations for A rows with a weight, less 4 D V for each row without coefficients and 2 N D V for a
         frozen head or frozen hidden states; 2 A D V when no gradient is wanted. Memory: three chunks of float32
@@ -223,6 +224,7 @@ class _SinglePass(torch.autograd.Function):
         assert total is not None
         ctx.save_for_backward(*total.settled(hidden, tensors))
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, *tensors)]
+        ctx.main_grad = setting.main_grad if needs.weight else None
         ctx.mark_non_differentiable(*stats, skipped_bound)
         ctx.set_materialize_grads(False)
         return loss, *stats, skipped_bound
@@ -232,8 +234,11 @@ class _SinglePass(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 9
-        grads = (
-            None if grad is None else (grad * grad_loss).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        kept = list(ctx.saved_tensors)
+        for_autograd = None
+        if ctx.main_grad is not None:
+            for_autograd, kept[1] = ctx.main_grad.taken(kept[1], grad_loss), None
+        d_hidden, d_weight, *others = (
+            None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in zip(kept, ctx.dtypes, strict=True)
         )
-        return *grads, None, None, None, None
+        return d_hidden, for_autograd if d_weight is None else d_weight, *others, None, None, None, None

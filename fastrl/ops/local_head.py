@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastrl.ops.head import HeadSetting, HeadTensors
 from fastrl.ops.lora import Lora
+from fastrl.ops.main_grad import main_grad_of
 from fastrl.ops.vocab_parallel import VocabShard, cut_shard, equal_shard
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def local_head(
         setting, size = replace(setting, shard=shard), max(shard.size, 1)
         if shard.size == 0:
             bias = (weight.new_zeros(1) if bias is None else bias[:1]) - math.inf
+    setting = replace(setting, main_grad=main_grad_of(weight, size))
     a, b = (None, None) if lora is None else (lora.a, lora.b)
     if lora is not None:
         setting = replace(setting, lora_scale=lora.scale)
