@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from fastrl.ops.backend import Implementations, choose
 from fastrl.ops.checks import check_chunk_rows, check_constant, check_head, check_map, check_shapes, check_target
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _IMPLEMENTATIONS = Implementations("linear_cross_entropy", triton="fastrl.kernels.token_stats")
 
 
+@_disable_dynamo  # torch.compiler.disable would import the compiler before anybody calls
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from fastrl.ops.backend import Implementations, choose
 from fastrl.ops.checks import check_chunk_rows, check_head, check_map, check_shapes, check_target
+from fastrl.ops.compiled import declared_logprob, is_declared
 from fastrl.ops.gemm import accumulation_dtype, operand
 from fastrl.ops.head import (
     HeadGradient,
@@ -99,6 +100,23 @@ def linear_logprob(
         ValueError: shapes, dtypes or ranges that do not fit (target ids are range-checked on CPU only).
         RuntimeError: the backend that was asked for cannot run here.
     """
+    if is_declared(hidden, weight, process_group, backend):
+        declared = declared_logprob(
+            hidden,
+            weight,
+            target,
+            bias=bias,
+            lora=lora,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            valid_vocab=valid_vocab,
+            cache_gib=cache_gib,
+            chunk_rows=chunk_rows,
+            batch_invariant=batch_invariant,
+            backend=backend,
+        )
+        return TokenStats(*declared)
     weight, bias, lora, shard = on_this_rank(weight, bias, lora, process_group)
     check_shapes(
         "hidden[N,D] weight[V,D] target[N] bias[V] lora.a[r,D] lora.b[V,r] temperature[N]",

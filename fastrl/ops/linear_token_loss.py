@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from fastrl.ops.backend import Implementations, choose
@@ -47,6 +48,7 @@ class TokenLoss(NamedTuple):
     skipped_bound: Tensor
 
 
+@_disable_dynamo  # torch.compiler.disable would import the compiler before anybody calls
 def linear_token_loss(
     hidden: Tensor,
     weight: Tensor,
