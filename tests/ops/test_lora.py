@@ -106,3 +106,17 @@ def test_shapes_that_do_not_fit_are_named():
         linear_cross_entropy(hidden, weight, target, lora=Lora(a, b[:, 1:]))
     with pytest.raises(ValueError, match="batch_invariant has no fixed tiles for lora"):
         linear_logprob(hidden, weight, target, lora=Lora(a, b), batch_invariant=True, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", [logprob, token_loss, cross_entropy])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_values_and_gradients_are_no_worse_than_with_the_merged_weight(dtype, op):
+    x = [y.cuda() for y in inputs(dtype)]
+    spec = partial(op, backend="reference")
+    assert_no_worse_than(
+        naive=value_and_grads(spec, *x),
+        got=value_and_grads(partial(op, chunk_rows=11), *x),
+        truth=value_and_grads(spec, *double(x)),
+        slack=1e-5 if dtype == torch.float32 else 2e-3,
+    )
