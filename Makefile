@@ -26,7 +26,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@touch $@
 
 demo: install
-	$(BIN)/fastrl demo
+	$(BIN)/fastrl demo --output_dir runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: check
 	$(THREADS) $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -21,13 +21,14 @@ from fastrl.report.journal import Journal
 from fastrl.report.preview import completion_rows, print_table
 from fastrl.rewards.resolve import resolve_rewards
 from fastrl.train.algorithm import algorithm_from
-from fastrl.train.collect import Experience, collect, collect_round
+from fastrl.train.collect import Experience, TrainerState, collect, collect_round
 from fastrl.train.config import GRPOConfig
+from fastrl.train.contents import contents_of
 from fastrl.train.device import peak_gib
 from fastrl.train.estimate import estimate_by_group
 from fastrl.train.experience_metrics import experience_metrics
 from fastrl.train.export import save_pretrained
-from fastrl.train.guards import check_probability_error
+from fastrl.train.guards import check_probability_error, check_verdicts
 from fastrl.train.interrupt import EXIT_INTERRUPTED
 from fastrl.train.model import load_tokenizer
 from fastrl.train.policy_setup import Setup, model_of, prompts_of, sampler_of, set_up
@@ -45,7 +46,9 @@ def run(config: GRPOConfig) -> int:
 
     Writes metrics.jsonl, completions.jsonl, report.html, checkpoint-N/ and model/ under `output_dir`.
     """
-    with open_run_directory(config.output_dir, asdict(config), resume=config.resume_from_checkpoint) as directory:
+    contents = contents_of(data=[config.train_dataset], model=config.model_name_or_path, rewards=config.reward_funcs)
+    record = asdict(config) | {"contents": contents}
+    with open_run_directory(config.output_dir, record, resume=config.resume_from_checkpoint) as directory:
         tokenizer = load_tokenizer(
             config.model_name_or_path,
             chat_template=config.data.chat_template,
@@ -64,6 +67,7 @@ def run(config: GRPOConfig) -> int:
         with journal:
             progress, offsets = restore(directory, setup.optimizer, resume=config.resume_from_checkpoint)
             journal.truncate_to(offsets)
+            rounds_without_verdict = 0
             while progress.step < setup.total_steps:
                 first, started = progress.step, perf_counter()
                 setup.sampler.engine.load_weights(setup.policy, progress.step)
@@ -74,6 +78,7 @@ def run(config: GRPOConfig) -> int:
                     first_ordinal=progress.ordinal,
                     groups=setup.groups,
                     max_rounds=config.dynamic_sampling.max_rounds,
+                    state=TrainerState(progress.step, setup.total_steps, progress.ordinal / len(setup.prompts)),
                 )
                 if directory.interrupted():
                     # This round has taught nothing yet: the resumed run samples it again, alike.
@@ -82,6 +87,9 @@ def run(config: GRPOConfig) -> int:
                 experience = replace(experience, seconds=experience.seconds | {"sync": synced})
                 progress = learn(config, setup, journal, experience, replace(progress, ordinal=ordinal))
                 is_last = progress.step >= setup.total_steps
+                rounds_without_verdict = check_verdicts(
+                    experience.reward, rounds_without_verdict, experience.scores.errors
+                )
                 if setup.held_out and (is_last or _crossed(first, progress.step, config.eval_steps)):
                     evaluate(setup, journal, progress)
                 if is_last or directory.interrupted() or _crossed(first, progress.step, config.save_steps):

@@ -14,7 +14,8 @@ from fastrl.data.pack import pack
 from fastrl.report.journal import Journal
 from fastrl.report.preview import print_table
 from fastrl.train.config import SFTConfig
-from fastrl.train.device import compute_dtype, peak_gib, pick_device
+from fastrl.train.contents import contents_of
+from fastrl.train.device import check_backend, compute_dtype, peak_gib, pick_device
 from fastrl.train.export import save_pretrained
 from fastrl.train.interrupt import EXIT_INTERRUPTED
 from fastrl.train.model import load_model, load_tokenizer
@@ -36,7 +37,10 @@ def run(config: SFTConfig) -> int:
     Writes metrics.jsonl, report.html, checkpoint-N/ and model/ (Hugging Face layout) under `output_dir`.
     """
     device = pick_device(config.device)
-    with open_run_directory(config.output_dir, asdict(config), resume=config.resume_from_checkpoint) as directory:
+    check_backend(config.kernels.backend, device)
+    contents = contents_of(data=[config.train_dataset], model=config.model_name_or_path)
+    record = asdict(config) | {"contents": contents}
+    with open_run_directory(config.output_dir, record, resume=config.resume_from_checkpoint) as directory:
         tokenizer = load_tokenizer(
             config.model_name_or_path,
             chat_template=config.data.chat_template,

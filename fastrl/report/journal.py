@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +43,7 @@ class Journal:
         self._completions = CompletionsLog(run_dir / COMPLETIONS_FILE)
         self._errors = JsonLines(run_dir / ERRORS_FILE)
         self._trackers = [open_tracker(name, run_dir, config) for name in trackers]
+        self._shown_errors: set[str] = set()
         self._panel = Panel(title, total_steps=total_steps, live=live)
 
     def write(
@@ -63,8 +65,16 @@ class Journal:
         self._panel.update(step, metrics, samples[0] if samples else None)
 
     def write_errors(self, step: int, errors: Mapping[str, RewardError]) -> None:
-        """Log the failures of a step's rewards, whether or not its metrics are logged."""
+        """Log the failures of a step's rewards; the first of each reward goes to standard error too."""
         log_errors(self._errors, step, errors)
+        for name, error in errors.items():
+            if name not in self._shown_errors:
+                self._shown_errors.add(name)
+                print(
+                    f"step {step}: reward {name!r} failed on {error.count} completions, which train nothing; further "
+                    f"failures go to {self.run_dir / ERRORS_FILE}. The first:\n{error.first}",
+                    file=sys.stderr,
+                )
 
     def offsets(self) -> dict[str, int]:
         """Return the lengths of the files, for a checkpoint; what they count is on the disk."""

@@ -25,6 +25,7 @@ ROWS: Mapping[str, str] = {
     "rewards/accuracies": "accuracy",
     "accuracy": "accuracy",
     "mean_token_accuracy": "token accuracy",
+    "sampling/error_rate": "no verdict",
     "loss": "loss",
     "kl": "kl",
     "entropy": "entropy",

@@ -67,7 +67,7 @@ def _judge(function: RewardFunction, inputs: Mapping[str, Any], judgement: Judge
     size = len(inputs["completions"])
     try:
         values = _checked(function_name(function), function(**_arguments(function, inputs, judgement)), size)
-    except Exception:
+    except (Exception, SystemExit):  # a reward that calls exit() must not end the run with its own code
         values = [Fault(traceback.format_exc())] * size
     judgement.values.extend(values)
 
@@ -76,7 +76,7 @@ async def _judge_async(function: RewardFunction, inputs: Mapping[str, Any], judg
     size = len(inputs["completions"])
     try:
         values = _checked(function_name(function), await function(**_arguments(function, inputs, judgement)), size)
-    except Exception:
+    except (Exception, SystemExit):  # a reward that calls exit() must not end the run with its own code
         values = [Fault(traceback.format_exc())] * size
     judgement.values.extend(values)
 

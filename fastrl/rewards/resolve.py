@@ -25,7 +25,7 @@ from fastrl.rewards.length import Length
 from fastrl.rewards.numeric import gold_number, numeric
 from fastrl.rewards.protocol import STANDARD_INPUTS, Reward, RewardFunction, function_name, missing_inputs, unwrapped
 from fastrl.rewards.reasoning_gym import reasoning_gym
-from fastrl.rewards.verl import verl_reward
+from fastrl.rewards.verl import VerlReward, verl_reward
 
 BUILT_IN: Mapping[str, RewardFunction] = {
     "numeric": numeric,
@@ -101,7 +101,7 @@ def check_rewards(rewards: Sequence[Reward], columns: Mapping[str, Sequence[obje
 
     Raises:
         ValueError: a column a reward needs is missing, or a gold answer cannot be judged. Names the first bad row,
-            counted from 0, and how many there are.
+            counted from 1 as everywhere, and how many there are.
     """
     for reward in rewards:
         missing = missing_inputs(reward.function, {*columns, *STANDARD_INPUTS})
@@ -110,6 +110,11 @@ def check_rewards(rewards: Sequence[Reward], columns: Mapping[str, Sequence[obje
                 f"reward {reward.name!r} needs the column {missing[0]!r}; the data has: {', '.join(columns)}. "
                 f"Rename one with data.columns: {{{missing[0]}: <its name in the file>}}"
             )
+        if isinstance(reward.function, VerlReward) and not {"ground_truth", "reward_model"} & set(columns):
+            raise ValueError(
+                f"reward {reward.name!r} needs the column 'ground_truth', or verl's 'reward_model' with it inside; "
+                f"the data has: {', '.join(columns)}"
+            )
         for function, check in _GOLD_CHECKS:
             if unwrapped(reward.function) is function:
                 _check_gold(reward.name, check, columns["answer"])
@@ -117,7 +122,7 @@ def check_rewards(rewards: Sequence[Reward], columns: Mapping[str, Sequence[obje
 
 def _check_gold(name: str, check: Callable[[object], object], golds: Sequence[object]) -> None:
     bad: list[tuple[int, str]] = []
-    for row, gold in enumerate(golds):
+    for row, gold in enumerate(golds, 1):
         try:
             check(gold)
         except ValueError as error:

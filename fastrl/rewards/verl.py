@@ -24,11 +24,13 @@ def verl_reward(compute_score: Callable[..., Any]) -> Callable[..., list[Any]]:
         raise ValueError(
             f"{function_name(compute_score)} is async; write it with TRL's signature, which may be async, instead"
         )
-    return _VerlReward(compute_score)
+    return VerlReward(compute_score)
 
 
 @dataclass(frozen=True)
-class _VerlReward:
+class VerlReward:
+    """verl's `compute_score` behind TRL's signature; made by `verl_reward`."""
+
     # A record rather than a closure, so that it can travel to another process.
     compute_score: Callable[..., Any]
 

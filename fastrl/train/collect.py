@@ -47,6 +47,15 @@ class Sampler:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainerState:
+    """What a reward function may know of the run, under TRL's names: a curriculum reads `global_step`."""
+
+    global_step: int
+    max_steps: int
+    epoch: float
+
+
+@dataclass(frozen=True, slots=True)
 class Experience:
     """Judged completions, group by group.
 
@@ -72,12 +81,15 @@ class Experience:
     n_drawn: int
 
 
-def collect(sampler: Sampler, prompts: Sequence[Prompt], ordinals: Sequence[int]) -> Experience:
+def collect(
+    sampler: Sampler, prompts: Sequence[Prompt], ordinals: Sequence[int], *, state: TrainerState | None = None
+) -> Experience:
     """Sample a group of completions per prompt and judge them.
 
     Args:
         prompts: one per ordinal.
         ordinals: place of each prompt in the run, counted over all epochs; also the group's number.
+        state: handed to reward functions that ask for `trainer_state`.
     """
     size = sampler.num_generations
     repeated = [prompt for prompt in prompts for _ in range(size)]
@@ -89,7 +101,7 @@ def collect(sampler: Sampler, prompts: Sequence[Prompt], ordinals: Sequence[int]
         _completion(prompt, sampler.decode(rollout.completion_ids))
         for prompt, rollout in zip(repeated, rollouts, strict=True)
     ]
-    scores = _with_punishment(sampler, rollouts, _judged(sampler, repeated, rollouts, completions))
+    scores = _with_punishment(sampler, rollouts, _judged(sampler, repeated, rollouts, completions, state))
     return Experience(
         prompts=repeated,
         rollouts=rollouts,
@@ -103,7 +115,13 @@ def collect(sampler: Sampler, prompts: Sequence[Prompt], ordinals: Sequence[int]
 
 
 def collect_round(
-    sampler: Sampler, pool: Sequence[Prompt], *, first_ordinal: int, groups: int, max_rounds: int
+    sampler: Sampler,
+    pool: Sequence[Prompt],
+    *,
+    first_ordinal: int,
+    groups: int,
+    max_rounds: int,
+    state: TrainerState | None = None,
 ) -> tuple[Experience, int]:
     """Collect the groups of one round; with `max_rounds`, groups without signal are replaced by further prompts.
 
@@ -111,26 +129,27 @@ def collect_round(
         pool: the prompts of the run, visited in an order fixed by the seed.
         first_ordinal: prompts drawn so far in the run.
         groups: wanted.
+        state: see `collect`.
         max_rounds: extra rounds of sampling; afterwards a batch with fewer groups is taken as it is.
 
     Returns:
         The experience, and the ordinal the next round starts from.
     """
     ordinal = first_ordinal
-    state = Rounds(wanted=groups, max_rounds=max_rounds)
+    rounds = Rounds(wanted=groups, max_rounds=max_rounds)
     found: list[Experience] = []
     while True:
-        ordinals = range(ordinal, ordinal + (groups if not found else missing(state)))
+        ordinals = range(ordinal, ordinal + (groups if not found else missing(rounds)))
         ordinal = ordinals.stop
         prompts = [pool[row_at(i, n=len(pool), seed=sampler.seed)] for i in ordinals]
-        experience = collect(sampler, prompts, ordinals)
+        experience = collect(sampler, prompts, ordinals, state=state)
         if max_rounds == 0:
             return experience, ordinal
         is_kept = groups_with_signal(experience.reward, experience.group)
         with_signal = len(experience.group[is_kept].unique())
-        state = after_round(state, drawn=len(ordinals), with_signal=with_signal)
+        rounds = after_round(rounds, drawn=len(ordinals), with_signal=with_signal)
         found.append(_selected(experience, is_kept))
-        if missing(state) == 0:
+        if missing(rounds) == 0:
             return _joined(found), ordinal
 
 
@@ -139,7 +158,11 @@ def _completion(prompt: Prompt, text: str) -> Any:
 
 
 def _judged(
-    sampler: Sampler, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], completions: Sequence[Any]
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    rollouts: Sequence[Rollout],
+    completions: Sequence[Any],
+    state: TrainerState | None,
 ) -> Scores:
     """The scores of a batch; rollouts that the engine failed on are shown to no reward and have no value."""
     is_whole = [rollout.finish_reason != "error" for rollout in rollouts]
@@ -150,6 +173,7 @@ def _judged(
         list(compress(completions, is_whole)),
         [rollout.completion_ids for rollout in compress(rollouts, is_whole)],
         columns_of(whole),
+        trainer_state=state,
     )
     return replace(
         scores,

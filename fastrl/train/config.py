@@ -69,7 +69,7 @@ class KernelsBlock:
         skip_tolerance: share of the gradient that certified skipping may leave out; 0 is exact.
     """
 
-    backend: Literal["torch", "native", "triton"] | None = None
+    backend: Literal["reference", "torch", "triton"] | None = None
     chunk_rows: int | None = None
     skip_tolerance: float = 0.0
 

@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from fastrl.ops.backend import Implementations, choose
+
 GIB = 2**30
 
 
@@ -22,6 +24,17 @@ def pick_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)
+
+
+def check_backend(name: str | None, device: torch.device) -> None:
+    """Refuse a backend that cannot run on the device, before anything is loaded.
+
+    Raises:
+        RuntimeError: naming what is missing.
+    """
+    if name is not None:
+        waist = Implementations("linear_token_loss", triton="fastrl.kernels.token_stats")
+        choose(name, torch.empty(0, device=device), waist)
 
 
 def compute_dtype(name: Literal["float32", "bfloat16"]) -> torch.dtype:

@@ -7,9 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fastrl.rewards.score import RewardError
+
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient was NaN or infinite; the weights are those of the step before."""
+
+
+class NoVerdictError(RuntimeError):
+    """No completion of several rounds in a row could be judged: a reward is broken, or what it calls is down."""
 
 
 class SamplerMismatchError(RuntimeError):
@@ -74,3 +80,34 @@ def effective_sample_share(log_ratio: Tensor) -> Tensor:
     """
     weight = (log_ratio - log_ratio.max()).exp()
     return weight.sum().square() / (weight.numel() * weight.square().sum())
+
+
+MOST_ROUNDS_WITHOUT_VERDICT = 3
+
+
+def check_verdicts(reward: Tensor, rounds_without: int, errors: Mapping[str, RewardError]) -> int:
+    """Count the rounds in a row in which nothing could be judged, and stop the run at the third.
+
+    Args:
+        reward: [S] of this round; NaN is no verdict.
+        rounds_without: the count before it.
+        errors: failures of this round's rewards, by name.
+
+    Returns:
+        The count after it.
+
+    Raises:
+        NoVerdictError: naming the reward that failed most, with its first failure.
+    """
+    if bool(reward.isfinite().any()) or len(reward) == 0:
+        return 0
+    if rounds_without + 1 < MOST_ROUNDS_WITHOUT_VERDICT:
+        return rounds_without + 1
+    if not errors:
+        raise NoVerdictError(f"no completion of {MOST_ROUNDS_WITHOUT_VERDICT} rounds in a row got a verdict: all None")
+    name, error = max(errors.items(), key=lambda item: item[1].count)
+    raise NoVerdictError(
+        f"no completion of {MOST_ROUNDS_WITHOUT_VERDICT} rounds in a row could be judged; reward {name!r} failed on "
+        f"{error.count} of {len(reward)} completions of the last one. Mend it and pass --resume auto. It said:\n"
+        f"{error.first}"
+    )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -53,6 +54,12 @@ def load_model(
             f"{directory} has no *.safetensors file, and pickled weights are never read; convert them with "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) on a machine you can lose"
         )
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}); copy or download it again") from error
     _check_vocabulary(directory, trust_remote_code=trust_remote_code)
     with without_progress_bars():
         model, report = AutoModelForCausalLM.from_pretrained(

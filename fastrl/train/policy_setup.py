@@ -17,7 +17,7 @@ from fastrl.rollout.engine import Sampling
 from fastrl.train.algorithm import algorithm_from
 from fastrl.train.collect import Sampler
 from fastrl.train.config import GRPOConfig
-from fastrl.train.device import compute_dtype, pick_device
+from fastrl.train.device import check_backend, compute_dtype, pick_device
 from fastrl.train.model import load_model
 from fastrl.train.optimizer import MasterAdamW
 from fastrl.train.prompts import Prompt, load_prompts
@@ -56,6 +56,7 @@ def set_up(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> Setup:
     Raises:
         ValueError: an algorithm that does not exist, bad rows, or sequences that will not fit.
     """
+    check_backend(config.kernels.backend, pick_device(config.device))
     algorithm = algorithm_from(config)
     rewards = resolve_rewards(config.reward_funcs, config.reward_weights)
     load = partial(prompts_of, config, tokenizer, rewards, output_dir=config.output_dir)

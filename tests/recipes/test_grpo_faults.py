@@ -14,7 +14,7 @@ from fastrl.recipes import grpo
 from fastrl.report import read_log
 from fastrl.train import update as update_module
 from fastrl.train.config import DataBlock, DynamicSamplingBlock, PackingBlock, RolloutBlock
-from fastrl.train.guards import NonFiniteError
+from fastrl.train.guards import NonFiniteError, NoVerdictError
 from fastrl.types import LossOutput
 from tests.recipes.runs import Base, column, grpo_config, metrics_of, run_grpo
 
@@ -70,11 +70,11 @@ def test_steps_whose_groups_all_lack_signal_are_skipped_and_the_run_goes_on(base
 
 
 def test_failures_of_a_reward_are_counted_every_step_and_never_a_zero(base: Base, tmp_path: Path) -> None:
-    lines = run_grpo(base, tmp_path / "run", reward_funcs=(f"{JUDGE}:broken",), logging_steps=2)
+    lines = run_grpo(base, tmp_path / "run", reward_funcs=(f"{JUDGE}:broken",), logging_steps=2, max_steps=2)
     assert column(lines, "reward") == column(lines, "rewards/broken/mean") == []
-    assert column(lines, "sampling/error_rate") == column(lines, "rewards/broken/error_rate") == [1.0] * 4
+    assert column(lines, "sampling/error_rate") == column(lines, "rewards/broken/error_rate") == [1.0] * 2
     errors = read_log(tmp_path / "run" / "errors.jsonl")
-    assert [(error["step"], error["count"]) for error in errors] == [(1, 8), (2, 8), (3, 8), (4, 8)]
+    assert [(error["step"], error["count"]) for error in errors] == [(1, 8), (2, 8)]
     assert "no such answer" in errors[0]["message"]
     assert "no such answer" in (tmp_path / "run" / "report.html").read_text()
 
@@ -121,3 +121,19 @@ def test_sequences_that_will_not_fit_are_refused_before_the_first_step(base: Bas
     run_grpo(
         base, tmp_path / "run", packing=PackingBlock(token_budget=13), max_steps=1
     )  # the directory was not used up
+
+
+def test_a_judge_that_is_down_is_shown_at_once_and_stops_the_run_at_the_third_round(
+    base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(NoVerdictError, match="reward 'broken' failed on 8 of 8"):
+        run_grpo(base, tmp_path / "run", reward_funcs=(f"{JUDGE}:broken",))
+    printed = capsys.readouterr().err
+    assert printed.count("step 1: reward 'broken' failed on 8 completions") == 1
+    assert "no such answer" in printed
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_rewards_see_how_far_the_run_is(base: Base, tmp_path: Path) -> None:
+    lines = run_grpo(base, tmp_path / "run", reward_funcs=(f"{JUDGE}:step_number",), max_steps=3)
+    assert column(lines, "rewards/step_number/mean") == [0.0, 1.0, 2.0]

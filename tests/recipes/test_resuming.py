@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from fastrl.recipes import grpo, sft
 from fastrl.train.config import DynamicSamplingBlock
 from fastrl.train.interrupt import EXIT_INTERRUPTED
+from fastrl.train.run_directory import RunDirectoryError
 from tests.recipes.runs import (
     Base,
     PowerCutError,
@@ -150,3 +152,19 @@ def test_sft_stopped_after_any_step_resumes_bit_for_bit(
     assert not (tmp_path / "stopped" / "model").exists()
     assert sft.run(resumed(config)) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "stopped", checkpoint=6)
+
+
+@pytest.mark.parametrize("changed", ["data", "weights"])
+def test_a_run_is_not_continued_on_other_data_or_weights(base: Base, tmp_path: Path, changed: str) -> None:
+    model = Path(shutil.copytree(base.model, tmp_path / "model"))
+    data = Path(shutil.copy(base.files.prompts, tmp_path / "prompts.jsonl"))
+    config = grpo_config(
+        base, tmp_path / "run", model_name_or_path=str(model), train_dataset=str(data), max_steps=2, save_steps=1
+    )
+    assert grpo.run(config) == 0
+    file = data if changed == "data" else model / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(RunDirectoryError, match=rf"contents\..*{file.name}"):
+        grpo.run(resumed(config))

@@ -6,7 +6,17 @@ import sys
 
 import pytest
 
-from fastrl.rewards import Length, Reward, check_rewards, numeric, resolve_reward, resolve_rewards, score, think_format
+from fastrl.rewards import (
+    Length,
+    Reward,
+    check_rewards,
+    numeric,
+    resolve_reward,
+    resolve_rewards,
+    score,
+    think_format,
+    verl_reward,
+)
 
 FILE = """
 def brevity(completions, **_):
@@ -97,7 +107,7 @@ def test_a_missing_column_is_found_before_training():
 
 
 def test_gold_that_cannot_be_judged_is_found_before_training():
-    with pytest.raises(ValueError, match=r"cannot judge 2 of 4 rows; the first is row 1: .*got 'many'"):
+    with pytest.raises(ValueError, match=r"cannot judge 2 of 4 rows; the first is row 2: .*got 'many'"):
         check_rewards([Reward(numeric)], {"answer": ["1", "many", "2", None]})
     with pytest.raises(ValueError, match="cannot judge 1 of 1 rows"):
         check_rewards(resolve_rewards(["exact_match"]), {"answer": [None]})
@@ -107,3 +117,20 @@ def test_resolving_does_not_import_torch():
     code = "import sys, fastrl.rewards as r; r.resolve_rewards(['numeric', 'length']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_verl_reward_without_verls_columns_is_refused_before_training() -> None:
+    reward = Reward(verl_reward(lambda data_source, solution_str, ground_truth, extra_info: 1.0))
+    check_rewards([reward], {"ground_truth": ["1"]})
+    check_rewards([reward], {"reward_model": [{"ground_truth": "1"}]})
+    with pytest.raises(ValueError, match="needs the column 'ground_truth'"):
+        check_rewards([reward], {"answer": ["1"]})
+
+
+def test_a_reward_that_exits_is_a_counted_failure() -> None:
+    def leaves(completions: list[str], **columns: object) -> list[float]:
+        raise SystemExit(75)
+
+    found = score([Reward(leaves)], ["p"], ["c"], [[1]], {})
+    assert (found.total, found.errors["leaves"].count) == ((None,), 1)
+    assert "SystemExit: 75" in found.errors["leaves"].first

@@ -112,6 +112,14 @@ def test_missing_directories_and_files_are_named(directory: Path, tmp_path: Path
         load(directory)
 
 
+def test_a_cut_off_weight_file_is_named(tmp_path: Path) -> None:
+    make_tiny_qwen3(50).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:3000])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged .*download it again"):
+        load_model(tmp_path, dtype=torch.float32, device="cpu")
+
+
 def test_remote_code_and_unknown_families_are_refused(directory: Path) -> None:
     edit(directory / "config.json", model_type="perceptron")
     with pytest.raises(ValueError, match="model_type 'perceptron'"):
