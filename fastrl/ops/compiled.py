@@ -28,11 +28,13 @@ def is_declared(hidden: Tensor, weight: Tensor, process_group: object, backend: 
     """Whether this call is being compiled and is one that the operator can stand for.
 
     Collectives and `main_grad` change what a graph does not see, float16 gradients must stay float32 until a
-    GradScaler's factor is in them, and the specification is ordinary PyTorch. Those calls are traced as they are.
+    GradScaler's factor is in them, a DTensor has no rule for the operator, and the specification is ordinary PyTorch.
+    Those calls run uncompiled and break the graph once.
     """
     if not torch.compiler.is_compiling() or backend == "reference" or process_group is not None:
         return False
-    return getattr(weight, "main_grad", None) is None and hidden.dtype != torch.float16
+    is_dtensor = hasattr(weight, "device_mesh")
+    return not is_dtensor and getattr(weight, "main_grad", None) is None and hidden.dtype != torch.float16
 
 
 def declared_logprob(

@@ -102,7 +102,8 @@ def linear_token_loss(
 
     Gradient: made in forward, multiplied by grad_output out of place in backward, so a second backward
         (retain_graph), a GradScaler and accumulation see the same numbers. Differentiable once. Where weight carries
-        a `main_grad` (Megatron's), that product is added there and weight gets None (`fastrl.ops.main_grad`).
+        a `main_grad` (Megatron's), that product is added there and weight gets None (`fastrl.ops.main_grad`). In a
+        compiled step the call breaks the graph once.
 
     Cost: 6 A D V operations for A rows with a weight, less 4 D V for each row without coefficients and 2 N D V for a
         frozen head or frozen hidden states; 2 A D V when no gradient is wanted. Memory: three chunks of float32

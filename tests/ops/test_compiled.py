@@ -99,3 +99,18 @@ def test_a_target_out_of_range_is_still_refused():
     compiled = torch.compile(lambda h, w, t: linear_logprob(h, w, t).logprob, backend="aot_eager", fullgraph=True)
     with pytest.raises(ValueError, match="below the vocabulary of 101"):
         compiled(hidden, weight, target + V)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("step", [logprob, cross_entropy, token_loss])
+def test_main_grad_is_filled_by_a_compiled_step_too(step):
+    tensors, target = inputs(torch.float32)
+    buffers = []
+    for run in (step, torch.compile(step, backend="aot_eager")):
+        hidden, weight, *others = (x.clone() for x in tensors)
+        weight.requires_grad_().main_grad = torch.ones(V, D)
+        run(hidden, weight, *others, target).backward()
+        assert weight.grad is None
+        buffers.append(weight.main_grad)
+    assert buffers[0].std() > 0
+    torch.testing.assert_close(*buffers)
