@@ -114,6 +114,10 @@ def _work(rank, folder):
     hidden, weight, _, target = case_inputs("logprob", torch.float64)
     b = torch.linspace(-1, 1, 2 * V, dtype=torch.float64).reshape(V, 2)
     found["lora"] = value_and_grads(with_lora, hidden, weight[part], hidden[:2], b[part], target, group)
+    skipping = partial(token_loss, skip_tolerance=0.2, chunk_rows=6)
+    ranks_skip = partial(skipping, process_group=group)
+    found["skip"] = value_and_grads(ranks_skip, hidden, weight[part], None, target)
+    found["skip, one rank"] = value_and_grads(skipping, hidden, weight, None, target)
     found["lora, one rank"] = value_and_grads(with_lora, hidden, weight, hidden[:2], b, target)
     found["dtensor"] = _with_dtensors()
     torch.save(found, f"{folder}/{rank}")
@@ -188,6 +192,14 @@ def test_no_rows_need_no_collective_and_give_zero(ranks):
 def test_targets_are_checked_against_the_whole_vocabulary(ranks):
     for found in ranks:
         assert "below the vocabulary of 42" in found["refusal"]
+
+
+def test_ranks_skip_the_same_rows(ranks):
+    first, second = (found["skip"] for found in ranks)
+    got = ValueAndGrads(first.values, (first.grads[0], torch.cat((first.grads[1], second.grads[1]))))
+    whole = ranks[0]["skip, one rank"]
+    assert_no_worse_than(naive=whole, got=got, truth=whole, slack=1e-12)
+    assert (whole.grads[0] == 0).all(1).sum() > N / 2 + 1  # half of the rows have no gradient at all
 
 
 def test_a_sharded_low_rank_head_gives_the_gradients_of_a_whole_one(ranks):
