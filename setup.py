@@ -47,7 +47,7 @@ def extensions() -> list[Extension]:
         Extension(
             "fastrl._C",
             sources,
-            depends=["csrc/fastrl.h"],
+            depends=["csrc/fastrl.h", "csrc/vectors.h"],
             include_dirs=[str(torch_root / "include")],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             extra_compile_args=["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-fopenmp-simd"],

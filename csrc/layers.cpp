@@ -1,22 +1,16 @@
 // The elementwise parts of a Llama-like layer on a CPU, forward and backward, in float32.
 // Specification: the modules of transformers that fastrl/train/native_layers.py replaces.
 //
-//   norm     y = x r w,  r = 1 / sqrt(mean(x^2) + eps);   dx = r (g w - x mean(g w x) r^2),  dw = sum over rows of g x r
+//   norm     y = x r w,  r = 1 / sqrt(mean(x^2) + eps);
+//            dx = r (g w - x mean(g w x) r^2),  dw = sum over rows of g x r
 //   swiglu   y = silu(a) b,  silu(a) = a s,  s = 1 / (1 + exp(-a));   da = g b s (1 + a (1 - s)),  db = g a s
 //   rotary   (y1, y2) = (x1 cos - x2 sin, x2 cos + x1 sin), halves of a head; its transpose turns by the other sign
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <vector>
 
 #include "fastrl.h"
-
-// Loops here are plain; where the loader can choose at run time, the compiler makes one version for each width of vectors.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define FASTRL_VECTORS __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define FASTRL_VECTORS
-#endif
+#include "vectors.h"
 
 namespace fastrl {
 namespace {
@@ -24,26 +18,7 @@ namespace {
 constexpr int64_t kRows = 64;         // of a block: its share of a weight's gradient is summed in f32, blocks in f64
 constexpr int64_t kGrain = 1 << 15;  // elements per thread
 
-// Within 1.5 units in the last place on [-87, 88], clamped outside; NaN stays NaN. Cody and Waite's reduction,
-// exp(x) = 2^n exp(x - n log 2), and the polynomial of Cephes (Moshier 1989, expf).
-inline float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
-  const float shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the integer n
-  const float n = shifted - 12582912.0f;
-  const float f = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * f + 1.3981999507e-3f;
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * f * f + f + 1.0f;
-  const int32_t exponent = (std::bit_cast<int32_t>(shifted) - 0x4B400000 + 127) << 23;
-  return p * std::bit_cast<float>(exponent);
-}
-
-inline float sigmoid(float a) { return 1.0f / (1.0f + exponential(-a)); }
+FASTRL_INLINE float sigmoid(float a) { return 1.0f / (1.0f + exponential(-a)); }
 
 FASTRL_VECTORS void norm_rows(const float* x, const float* w, float eps, int64_t rows, int64_t d, float* y, float* r) {
   for (int64_t n = 0; n < rows; ++n, x += d, y += d) {
@@ -168,15 +143,21 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x
   return {dx, dw};
 }
 
+// gate and up may be halves of one matrix [T, 2 D].
 Tensor swiglu(const Tensor& gate, const Tensor& up) {
-  check_floats(gate, "gate");
-  check_alike(gate, up, "up");
-  Tensor y = torch::stable::empty_like(gate);
+  STD_TORCH_CHECK(gate.dim() == 2 && up.dim() == 2 && gate.size(0) == up.size(0) && gate.size(1) == up.size(1),
+                  "gate and up must be [T, D] both");
+  for (const Tensor* x : {&gate, &up}) {
+    STD_TORCH_CHECK(x->is_cpu() && x->scalar_type() == ScalarType::Float && (x->stride(1) == 1 || x->numel() == 0),
+                    "gate and up must be float32 CPU tensors with contiguous rows");
+  }
+  const int64_t rows = gate.size(0), d = gate.size(1), gate_row = gate.stride(0), up_row = up.stride(0);
+  Tensor y = torch::stable::new_empty(gate, {rows, d});
   const float* a = gate.const_data_ptr<float>();
   const float* b = up.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
-  torch::stable::parallel_for(0, gate.numel(), kGrain, [&](int64_t from, int64_t to) {
-    swiglu_span(a + from, b + from, to - from, out + from);
+  torch::stable::parallel_for(0, rows, 1 + kGrain / std::max<int64_t>(1, d), [&](int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; ++t) swiglu_span(a + t * gate_row, b + t * up_row, d, out + t * d);
   });
   return y;
 }

@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": {"ops"},
     "algorithms": {"types", "ops", "losses"},
     "data": {"types"},
-    "rollout": {"types"},
+    "rollout": {"types", "_C"},
     "rewards": {"types"},
     "integrations": {"types", "ops", "losses"},
     "train": {"types", "ops", "losses", "algorithms", "data", "rollout", "rewards", "integrations"},
@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "command": {"recipes", "train", "ops", "cli", "testing"},
 }
 # Parts whose imports of fastrl must sit inside functions, so that importing them stays light.
-LAZY_ONLY = {("ops", "kernels"), ("ops", "_C"), ("cli", "recipes"), ("command", "recipes")}
+LAZY_ONLY = {("ops", "kernels"), ("ops", "_C"), ("rollout", "_C"), ("cli", "recipes"), ("command", "recipes")}
 FORBIDDEN_NAMES = {"utils.py", "util.py", "common.py", "base.py", "helpers.py", "misc.py"}
 KERNELS_MAY_IMPORT = {
     "__future__",

@@ -45,14 +45,18 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append one token per row; returns everything filled so far."""
-        end = self.used + key_states.shape[2]
-        if end > self.keys.shape[2]:
-            room = min(self.limit, 2 * end)
+        place = self.append()
+        self.keys[:, :, place : self.used] = key_states
+        self.values[:, :, place : self.used] = value_states
+        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+
+    def append(self) -> int:
+        """Count one more token per row as filled; returns its place, where the caller writes keys and values."""
+        place, self.used = self.used, self.used + 1
+        if self.used > self.keys.shape[2]:
+            room = min(self.limit, 2 * self.used)
             self.keys, self.values = _roomier(self.keys, room), _roomier(self.values, room)
-        self.keys[:, :, self.used : end] = key_states
-        self.values[:, :, self.used : end] = value_states
-        self.used = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return place
 
     def get_seq_length(self) -> int:
         return self.used

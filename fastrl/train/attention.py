@@ -2,9 +2,10 @@
 
     out[t] = sum over s <= t in the same sequence of softmax_s(q[t] . k[s] * scaling) v[s]
 
-Three kernels carry it: `torch.nn.attention.varlen` and flash-attn on CUDA, and bucketed SDPA anywhere. Each is
-registered under a name of its own; a model whose config names one of them is packed when a forward pass brings
-`packing=`, and is plain SDPA otherwise, so that one model object trains and samples without switching modes.
+Three kernels carry it: `torch.nn.attention.varlen` and flash-attn on CUDA, and bucketed SDPA anywhere, in whose place
+fastrl._C attends short float32 sequences on a CPU. Each is registered under a name of its own; a model whose config
+names one of them is packed when a forward pass brings `packing=`, and is plain SDPA otherwise, so that one model object
+trains and samples without switching modes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from fastrl.train import native_attention
 from fastrl.train.packed_sdpa import Buckets, bucketed, causal_band, packed_sdpa, softcapped
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ class Packing:
     Attributes:
         cu_seqlens: [S + 1] int32.
         max_seqlen: length of the longest sequence.
-        buckets: the plan of bucketed SDPA; None for the kernels that read `cu_seqlens`.
+        buckets: the plan of bucketed SDPA; None for the kernels that read `cu_seqlens`, native ones included.
     """
 
     cu_seqlens: Tensor
@@ -60,7 +62,10 @@ def packing(model: PreTrainedModel, cu_seqlens: Tensor, max_seqlen: int) -> Pack
             f"the model attends through {name!r}, which would mix packed sequences; "
             "load it with fastrl.train.model.load_model or call fastrl.train.attention.use_packed_attention"
         )
-    return Packing(cu_seqlens, max_seqlen, bucketed(cu_seqlens) if name == REGISTERED["sdpa"] else None)
+    needs_buckets = name == REGISTERED["sdpa"] and not native_attention.is_available(
+        next(model.parameters()), max_seqlen
+    )
+    return Packing(cu_seqlens, max_seqlen, bucketed(cu_seqlens) if needs_buckets else None)
 
 
 def use_packed_attention(model: PreTrainedModel, implementation: Implementation = "auto") -> None:
@@ -212,9 +217,12 @@ def _register(kind: str) -> None:
             out = _packed_varlen(q, k, v, packing, scaling, sliding_window)
         elif kind == "flash":
             out = _packed_flash(q, k, v, packing, scaling, sliding_window, softcap)
+        elif packing.buckets is None and (sliding_window, softcap) == (None, None):
+            scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+            out = native_attention.packed_attention(q, k, v, packing.cu_seqlens, scaling=scale)
         else:
-            assert packing.buckets is not None
-            out = packed_sdpa(q, k, v, packing.buckets, scaling=scaling, window=sliding_window, softcap=softcap)
+            buckets = packing.buckets or bucketed(packing.cu_seqlens)
+            out = packed_sdpa(q, k, v, buckets, scaling=scaling, window=sliding_window, softcap=softcap)
         return out[None], None
 
     AttentionInterface.register(REGISTERED[kind], attend)

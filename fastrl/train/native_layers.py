@@ -94,7 +94,8 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        return torch.ops.fastrl.swiglu(gate, up)  # type: ignore[no-any-return]
+        width = gate.shape[-1]
+        return torch.ops.fastrl.swiglu(gate.view(-1, width), up.view(-1, width)).view_as(gate)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from fastrl.rollout import llama_decode
+from fastrl.rollout.decode_operators import NATIVE, TORCH, Operators, operators_for
 from fastrl.rollout.kv import decoding_cache
 from fastrl.rollout.llama_decode import LlamaDecode, is_known
 from fastrl.rollout.masks import decoding_mask
@@ -100,6 +102,23 @@ def test_every_family_gives_transformers_logits(
     assert expected.std() > 0.5
     got = steps_of(model, LlamaDecode(model, context=11), is_padded=is_padded)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_padded", [False, True], ids=["even", "padded"])
+@pytest.mark.parametrize("operators", [TORCH, NATIVE], ids=["torch", "native"])
+@pytest.mark.parametrize("make", [qwen3, qwen2, llama_eager, llama3_rope])
+@torch.no_grad()
+def test_float32_is_exact_with_both_sets_of_operators(
+    make: Callable[[], PreTrainedModel], operators: Operators, is_padded: bool, monkeypatch: pytest.MonkeyPatch
+):
+    model = scaled_norms(make)
+    if operators is NATIVE and operators_for(model.lm_head.weight) is TORCH:
+        pytest.skip("fastrl._C is not built here")
+    truth = steps_of(copy.deepcopy(model).double(), by_transformers(copy.deepcopy(model).double()), is_padded=is_padded)
+    naive = (steps_of(model, by_transformers(model), is_padded=is_padded) - truth).abs().max()
+    monkeypatch.setattr(llama_decode, "operators_for", lambda weight: operators)
+    got = (steps_of(model, LlamaDecode(model, context=11), is_padded=is_padded) - truth).abs().max()
+    assert float(got) < 2 * float(naive) + 2e-6 * float(truth.abs().max())
 
 
 @pytest.mark.parametrize("make", [qwen3, qwen2, llama_eager])
