@@ -97,9 +97,10 @@ def collect(
     started = perf_counter()
     rollouts = sampler.engine.generate([prompt.ids for prompt in repeated], sampler.sampling, seeds=seeds)
     sampled = perf_counter()
+    # Completions repeat as a policy grows sure of them, and a tokenizer takes longer than a dictionary.
+    text = {ids: sampler.decode(ids) for ids in {rollout.completion_ids for rollout in rollouts}}
     completions = [
-        _completion(prompt, sampler.decode(rollout.completion_ids))
-        for prompt, rollout in zip(repeated, rollouts, strict=True)
+        _completion(prompt, text[rollout.completion_ids]) for prompt, rollout in zip(repeated, rollouts, strict=True)
     ]
     scores = _with_punishment(sampler, rollouts, _judged(sampler, repeated, rollouts, completions, state))
     return Experience(

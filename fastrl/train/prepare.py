@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from fastrl.losses.weighting import without
 from fastrl.ops.linear_logprob import linear_logprob
 from fastrl.train.config import KernelsBlock
 from fastrl.train.model import hidden_states, model_head
-from fastrl.train.sequences import rollout_sequence, trained_length
+from fastrl.train.sequences import rollout_sequences, trained_length
 from fastrl.types import Head, Rollout, TokenBatch
 
 
@@ -96,12 +97,12 @@ def step_sequences(
     length = torch.where(is_judged, length, 0)
     weight = without(algorithm.weighting, length, group, is_kept, keep_denominator=keep_denominator)
     moves = torch.ones_like(is_kept) if needs_every_token(algorithm) else has_signal(algorithm, advantage)
-    chosen = ((weight != 0) & moves).tolist()
-    sequences = [
-        rollout_sequence(rollout, weight=w, advantage=a)
-        for rollout, w, a, is_chosen in zip(rollouts, weight.tolist(), advantage.tolist(), chosen, strict=True)
-        if is_chosen
-    ]
+    chosen = (weight != 0) & moves
+    sequences = rollout_sequences(
+        list(compress(rollouts, chosen.tolist())),
+        weight=weight[chosen].tolist(),
+        advantage=advantage[chosen].tolist(),
+    )
     n_tokens = sum(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts)
     return StepSequences(sequences, len(rollouts), n_tokens)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -15,20 +16,38 @@ def trained_length(rollout: Rollout) -> int:
     return len(rollout.completion_ids) if rollout.is_sampled is None else sum(rollout.is_sampled)
 
 
-def rollout_sequence(rollout: Rollout, *, weight: float, advantage: float) -> TokenSequence:
-    """Lay a rollout out for training; every column is aligned with the ids, unshifted.
+def rollout_sequences(
+    rollouts: Sequence[Rollout], *, weight: Sequence[float], advantage: Sequence[float]
+) -> list[TokenSequence]:
+    """Lay rollouts out for training; every column is aligned with the ids, unshifted.
+
+    The columns of one call are slices of one array each: at a few tokens a sequence, making four arrays for every
+    sequence costs as much as packing them.
 
     Args:
-        weight: of each trained token in the optimizer step's loss; tokens the policy did not choose get 0.
-        advantage: of the completion, in units of reward; 0 on the prompt.
+        weight: [S] of each trained token in the optimizer step's loss; tokens the policy did not choose get 0.
+        advantage: [S] of the completions, in units of reward; 0 on the prompt.
     """
-    start = len(rollout.prompt_ids)
-    ids = np.fromiter((*rollout.prompt_ids, *rollout.completion_ids), np.int64)
-    weights, advantages, sampled = (np.zeros(len(ids), np.float32) for _ in range(3))
-    weights[start:] = weight if rollout.is_sampled is None else weight * np.asarray(rollout.is_sampled, np.float32)
-    advantages[start:] = advantage
-    sampled[start:] = rollout.logprob
-    return TokenSequence(ids=ids, weight=weights, advantage=advantages, sampler_logprob=sampled)
+    prompt = np.array([len(rollout.prompt_ids) for rollout in rollouts], dtype=np.int64)
+    length = prompt + np.array([len(rollout.completion_ids) for rollout in rollouts], dtype=np.int64)
+    end = np.cumsum(length)
+    start = end - length
+    total = int(length.sum())
+    position = np.arange(total) - np.repeat(start, length)
+    is_completion = position >= np.repeat(prompt, length)
+
+    ids = np.fromiter(chain.from_iterable((*x.prompt_ids, *x.completion_ids) for x in rollouts), np.int64, count=total)
+    weights = np.repeat(np.asarray(weight, np.float32), length) * is_completion
+    advantages = np.repeat(np.asarray(advantage, np.float32), length) * is_completion
+    sampled = np.zeros(total, np.float32)
+    sampled[is_completion] = np.fromiter(chain.from_iterable(rollout.logprob for rollout in rollouts), np.float32)
+    sequences = []
+    for rollout, first, last, n in zip(rollouts, start.tolist(), end.tolist(), prompt.tolist(), strict=True):
+        if rollout.is_sampled is not None:
+            weights[first + n : last] *= np.asarray(rollout.is_sampled, np.float32)
+        here = slice(first, last)
+        sequences.append(TokenSequence(ids[here], weights[here], advantages[here], sampled[here]))
+    return sequences
 
 
 def supervised_sequence(ids: Sequence[int], is_trained: Sequence[bool], *, weight: float) -> TokenSequence:
