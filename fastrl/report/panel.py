@@ -33,6 +33,7 @@ ROWS: Mapping[str, str] = {
     "grad_norm": "grad norm",
     "tokens_per_second": "tokens/s",
 }
+ONLY_WHEN_NOT_ZERO = ("sampling/error_rate",)
 PHASES: Mapping[str, str] = {  # metric name -> colour
     "time/rollout": "cyan",
     "time/reward": "magenta",
@@ -48,10 +49,14 @@ SAMPLE_CHARACTERS = 600
 def plain_line(step: int, total_steps: int | None, metrics: Mapping[str, float]) -> str:
     """One step in one line: `step 12/200  reward 0.43  loss 0.0123  ...  3.4 s`."""
     parts = [f"step {step}" if total_steps is None else f"step {step}/{total_steps}"]
-    parts += [f"{label} {short_number(metrics[name])}" for name, label in ROWS.items() if name in metrics]
+    parts += [f"{label} {short_number(metrics[name])}" for name, label in ROWS.items() if _is_shown(name, metrics)]
     if "step_time" in metrics:
         parts.append(f"{metrics['step_time']:.1f} s")
     return "  ".join(parts)
+
+
+def _is_shown(name: str, metrics: Mapping[str, float]) -> bool:
+    return name in metrics and (metrics[name] != 0 or name not in ONLY_WHEN_NOT_ZERO)
 
 
 class Panel:
@@ -83,7 +88,7 @@ class Panel:
             print(plain_line(step, self._total_steps, metrics), file=self._stream, flush=True)
             return
         for name in ROWS:
-            if name in metrics:
+            if _is_shown(name, metrics):
                 self._history.setdefault(name, deque(maxlen=HISTORY)).append(metrics[name])
         self._sample = sample or self._sample
         self._first_step = step if self._first_step is None else self._first_step
