@@ -52,7 +52,7 @@ bench: install
 bench-cpu: install
 	$(BIN)/python -m bench --device cpu --quick
 
-# Six minutes of processor time; needs GSM8K's train.jsonl (examples/gsm8k/README.md).
+# Five minutes of processor time; needs GSM8K's train.jsonl (examples/gsm8k/README.md).
 example-gsm8k: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/gsm8k/run.sh
 
