@@ -1,4 +1,4 @@
-"""Rows of the native CPU layers: a norm, a feed-forward product and a rotation against transformers' own operators."""
+"""Rows of the native CPU layers: norm, feed-forward product, rotation, attention, against what runs without them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,22 @@ from torch import Tensor
 
 from bench.registry import Row, register
 from fastrl.train import native_layers
+from fastrl.train.native_attention import packed_attention
+from fastrl.train.packed_sdpa import bucketed, packed_sdpa
 
 EPSILON = 1e-6
 # packed tokens of 64 completions of 32 tokens, at the widths of bench.grpo_step; one row is one layer's input
 WIDE = {"D=64": (2368, 64), "D=128": (2368, 128), "D=1024": (2368, 1024)}
 HEADS = {"4 x 16": (2368, 4, 16), "4 x 32": (2368, 4, 32), "16 x 64": (2368, 16, 64)}
+
+# sequences, longest, query heads, key heads, width of a head
+ATTENTION = {
+    "420 of 14": (420, 14, 4, 2, 16),
+    "64 of 37": (64, 37, 4, 2, 32),
+    "16 of 128": (16, 128, 4, 2, 32),
+    "4 of 512": (4, 512, 4, 2, 64),
+    "2 of 1024": (2, 1024, 8, 4, 64),
+}
 
 
 def randoms(*shapes: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
@@ -66,6 +77,34 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As transformers' `apply_rotary_pos_emb`."""
     first, second = x.chunk(2, dim=-1)
     return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+
+def attention_inputs(
+    sequences: int,
+    longest: int,
+    heads: int,
+    key_heads: int,
+    width: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> tuple[Tensor, ...]:
+    """query [T, H, d], key, value [T, K, d], cu_seqlens [S + 1]: lengths within an eighth of the longest."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(longest - longest // 8, longest + 1, (sequences,), generator=generator)
+    total = int(lengths.sum())
+    columns = randoms(
+        (total, heads, width), (total, key_heads, width), (total, key_heads, width), dtype=dtype, device=device
+    )
+    return *columns, F.pad(lengths.cumsum(0), (1, 0)).int().to(device)
+
+
+def bucketed_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return packed_sdpa(query, key, value, bucketed(cu_seqlens), scaling=query.shape[-1] ** -0.5)
+
+
+def native_packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return packed_attention(query, key, value, cu_seqlens, scaling=query.shape[-1] ** -0.5)
 
 
 def native(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -120,5 +159,13 @@ register(
         shapes=HEADS,
         quick_shapes=HEADS,
         differentiable=(0,),
+    ),
+    Row(
+        name="packed_attention_native",
+        make_inputs=attention_inputs,
+        spec=bucketed_attention,
+        contenders={"bucketed sdpa": bucketed_attention, "native": native(native_packed_attention)},
+        shapes=ATTENTION,
+        quick_shapes=ATTENTION,
     ),
 )

@@ -8,6 +8,7 @@
 // A sequence's head fits the cache, so each of these sums is a small matrix product over copies padded to whole tiles.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -22,20 +23,22 @@ constexpr int64_t kRows = 4;  // of a tile; its columns are one register
 // c[r, :] = sum over i in [from, to) of a[r, i] b[i, :] for one tile of c; a is read with any strides.
 FASTRL_INLINE void tile(const float* a, int64_t row, int64_t column, const float* b, int64_t ldb, int64_t from,
                         int64_t to, float* c, int64_t ldc) {
-  Lanes s0 = {}, s1 = {}, s2 = {}, s3 = {};
-  for (int64_t i = from; i < to; ++i) {
-    Lanes x;
-    load(x, b + i * ldb);
-    const float* y = a + i * column;
-    s0 += y[0] * x;
-    s1 += y[row] * x;
-    s2 += y[2 * row] * x;
-    s3 += y[3 * row] * x;
+  float sum[kRows][kLanes];
+  for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t j = 0; j < kLanes; ++j) sum[r][j] = 0.0f;
   }
-  store(c, s0);
-  store(c + ldc, s1);
-  store(c + 2 * ldc, s2);
-  store(c + 3 * ldc, s3);
+  for (int64_t i = from; i < to; ++i) {
+    const float* x = b + i * ldb;
+    const float* y = a + i * column;
+    for (int64_t r = 0; r < kRows; ++r) {
+      const float factor = y[r * row];
+#pragma omp simd
+      for (int64_t j = 0; j < kLanes; ++j) sum[r][j] += factor * x[j];
+    }
+  }
+  for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t j = 0; j < kLanes; ++j) c[r * ldc + j] = sum[r][j];
+  }
 }
 
 struct Shape {
@@ -60,16 +63,16 @@ struct Workspace {
   }
 };
 
+FASTRL_INLINE void copy_row(const float* x, int64_t d, float* y) {
+#pragma omp simd
+  for (int64_t i = 0; i < d; ++i) y[i] = x[i];
+}
+
 // y = x, or y += x where something is there already.
 FASTRL_INLINE void add_row(const float* x, int64_t d, bool is_there, float* y) {
   if (!is_there) return copy_row(x, d, y);
-  int64_t i = 0;
-  for (Lanes a, b; i + kLanes <= d; i += kLanes) {
-    load(a, x + i);
-    load(b, y + i);
-    store(y + i, a + b);
-  }
-  for (; i < d; ++i) y[i] += x[i];
+#pragma omp simd
+  for (int64_t i = 0; i < d; ++i) y[i] += x[i];
 }
 
 // x [length, stride] -> y [rows, wide], zero outside [length, d].
@@ -163,11 +166,10 @@ FASTRL_VECTORS void attend_backward(const float* grad, const float* q, const flo
 #pragma omp simd reduction(+ : dot)
         for (int64_t i = 0; i < d; ++i) dot += g[i] * o[i];
       }
+      float* e = work.e + t * n;
       for (int64_t s = 0; s < row.tiles; s += kLanes) {
-        Lanes p, e;
-        load(p, row.p + s);
-        load(e, work.e + t * n + s);
-        store(work.e + t * n + s, p * (e - dot) * shape.scale);
+#pragma omp simd
+        for (int64_t i = s; i < s + kLanes; ++i) e[i] = row.p[i] * (e[i] - dot) * shape.scale;
       }
     }
     weighted_rows(work.e, work.k, n, wide, work.dq);

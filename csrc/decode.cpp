@@ -34,12 +34,11 @@ FASTRL_INLINE void prepare(const float* x, const float* weight, const float* cos
 }
 
 FASTRL_INLINE float dot(const float* x, const float* y, int64_t d) {
-  Lanes sum = {}, a, b;
+  float sum[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= d; i += kLanes) {
-    load(a, x + i);
-    load(b, y + i);
-    sum += a * b;
+#pragma omp simd
+    for (int64_t j = 0; j < kLanes; ++j) sum[j] += x[i + j] * y[i + j];
   }
   float result = total(sum);
   for (; i < d; ++i) result += x[i] * y[i];
@@ -50,12 +49,13 @@ FASTRL_INLINE float dot(const float* x, const float* y, int64_t d) {
 FASTRL_INLINE void weighted_sum(const float* weight, const float* x, int64_t n, int64_t d, float* y) {
   int64_t i = 0;
   for (; i + kLanes <= d; i += kLanes) {
-    Lanes sum = {}, a;
+    float sum[kLanes] = {};
     for (int64_t s = 0; s < n; ++s) {
-      load(a, x + s * d + i);
-      sum += weight[s] * a;
+      const float* row = x + s * d + i;
+#pragma omp simd
+      for (int64_t j = 0; j < kLanes; ++j) sum[j] += weight[s] * row[j];
     }
-    store(y + i, sum);
+    for (int64_t j = 0; j < kLanes; ++j) y[i + j] = sum[j];
   }
   for (; i < d; ++i) {
     y[i] = 0.0f;
@@ -72,7 +72,7 @@ FASTRL_VECTORS void step(const float* qkv, const float* head_norm, const float* 
   const auto weight = [&](int64_t head) { return head_norm == nullptr ? nullptr : head_norm + head * d; };
   const int64_t key = sizes.heads + key_head;
   prepare(qkv + key * d, weight(key), cos, sin, sizes, keys + sizes.place * d);
-  copy_row(qkv + (key + sizes.key_heads) * d, d, values + sizes.place * d);
+  std::copy_n(qkv + (key + sizes.key_heads) * d, d, values + sizes.place * d);
   float* query = space + padded(n);
   const Row row{space, sizes.place, padded(n)};
   for (int64_t h = key_head * group; h < (key_head + 1) * group; ++h) {

@@ -16,25 +16,18 @@
 
 namespace fastrl {
 
-constexpr int64_t kLanes = 16;  // one register of AVX-512, two of AVX2, four of SSE2 and NEON
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
-typedef int32_t Places __attribute__((vector_size(kLanes * sizeof(int32_t))));
+// Loops over this many numbers have a constant length and no remainder: one register of AVX-512, two of AVX2, four of
+// SSE2 and NEON. They are plain arrays because gcc keeps a vector type wider than the machine's in memory.
+constexpr int64_t kLanes = 16;
 
-// By reference: a vector returned by value would have another calling convention for each width.
-FASTRL_INLINE void load(Lanes& lanes, const float* x) { std::memcpy(&lanes, x, sizeof(Lanes)); }
-FASTRL_INLINE void store(float* x, const Lanes& lanes) { std::memcpy(x, &lanes, sizeof(Lanes)); }
+FASTRL_INLINE int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // By halves, which takes four additions one after another instead of sixteen.
-FASTRL_INLINE float total(const Lanes& lanes) {
-  typedef float Half __attribute__((vector_size(8 * sizeof(float))));
-  typedef float Quarter __attribute__((vector_size(4 * sizeof(float))));
-  Half half[2];
-  std::memcpy(half, &lanes, sizeof(Lanes));
-  half[0] += half[1];
-  Quarter quarter[2];
-  std::memcpy(quarter, half, sizeof(Half));
-  quarter[0] += quarter[1];
-  return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
+FASTRL_INLINE float total(const float* lanes) {
+  float half[8], quarter[4];
+  for (int i = 0; i < 8; ++i) half[i] = lanes[i] + lanes[i + 8];
+  for (int i = 0; i < 4; ++i) quarter[i] = half[i] + half[i + 4];
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
 // Within 1.5 units in the last place on [-87, 88], clamped outside; NaN stays NaN. Cody and Waite's reduction,
@@ -56,67 +49,46 @@ FASTRL_INLINE float exponential(float x) {
   return p * std::bit_cast<float>(exponent);
 }
 
-FASTRL_INLINE void exponential(Lanes& lanes) {
-  float x[kLanes];
-  store(x, lanes);
-#pragma omp simd
-  for (int64_t i = 0; i < kLanes; ++i) x[i] = exponential(x[i]);
-  load(lanes, x);
-}
-
-FASTRL_INLINE int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
-FASTRL_INLINE void copy_row(const float* x, int64_t d, float* y) {
-  int64_t i = 0;
-  for (Lanes lanes; i + kLanes <= d; i += kLanes) {
-    load(lanes, x + i);
-    store(y + i, lanes);
-  }
-  for (; i < d; ++i) y[i] = x[i];
-}
-
 // The scores of one query, in whole registers: those past place t are told apart by their place.
 struct Row {
   float* p;
   int64_t t, tiles;
 
-  // Puts `other` in the lanes from place s on that lie past t.
-  FASTRL_INLINE void only_seen(Lanes& x, int64_t s, const Lanes& other) const {
-    constexpr Places counted = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    x = counted <= static_cast<int32_t>(t - s) ? x : other;
-  }
-
   FASTRL_INLINE float top() const {
-    Lanes best = Lanes{} - INFINITY, x;
+    float best[kLanes];
+    for (int32_t i = 0; i < kLanes; ++i) best[i] = -INFINITY;
     for (int64_t s = 0; s < tiles; s += kLanes) {
-      load(x, p + s);
-      only_seen(x, s, best);
-      best = x > best ? x : best;
+      const float* x = p + s;
+      const int32_t last = static_cast<int32_t>(t - s);
+#pragma omp simd
+      for (int32_t i = 0; i < kLanes; ++i) best[i] = i <= last && x[i] > best[i] ? x[i] : best[i];
     }
     float result = best[0];
-    for (int64_t i = 1; i < kLanes; ++i) result = best[i] > result ? best[i] : result;
+    for (int32_t i = 1; i < kLanes; ++i) result = best[i] > result ? best[i] : result;
     return result;
   }
 
   // Replaces the scores by exp(score * scale - shift), and by 0 past t; returns the sum.
   FASTRL_INLINE float exponentials(float scale, float shift) const {
-    Lanes sum = {}, x;
+    float sum[kLanes] = {};
     for (int64_t s = 0; s < tiles; s += kLanes) {
-      load(x, p + s);
-      x = x * scale - shift;
-      exponential(x);
-      only_seen(x, s, Lanes{});
-      store(p + s, x);
-      sum += x;
+      float* x = p + s;
+      const int32_t last = static_cast<int32_t>(t - s);
+#pragma omp simd
+      for (int32_t i = 0; i < kLanes; ++i) {
+        const float e = exponential(x[i] * scale - shift);
+        x[i] = i <= last ? e : 0.0f;
+        sum[i] += x[i];
+      }
     }
     return total(sum);
   }
 
   FASTRL_INLINE void scale(float factor) const {
     for (int64_t s = 0; s < tiles; s += kLanes) {
-      Lanes x;
-      load(x, p + s);
-      store(p + s, x * factor);
+      float* x = p + s;
+#pragma omp simd
+      for (int32_t i = 0; i < kLanes; ++i) x[i] *= factor;
     }
   }
 };

@@ -63,9 +63,14 @@ def test_flat_and_peaked_scores_stay_exact(scale: float):
     """At 1e4 every row sees one key, and differences of scores overflow an exponential that is not shifted."""
     inputs, cu_seqlens = heads(45, 4, 2, 16, scale=scale), borders([20, 25])
     got = value_and_grads(lambda *x: packed_attention(*x, cu_seqlens, scaling=0.25), *inputs)
-    truth = value_and_grads(lambda *x: packed_sdpa(*x, bucketed(cu_seqlens), scaling=0.25), *double(inputs))
-    for a, exact in zip((*got.values, *got.grads), (*truth.values, *truth.grads), strict=True):
-        assert float((a - exact).norm()) <= 1e-5 * max(1.0, scale / 30.0) * float(exact.norm()) + 1e-6
+    naive, truth = (
+        value_and_grads(lambda *x: packed_sdpa(*x, bucketed(cu_seqlens), scaling=0.25), *numbers)
+        for numbers in (inputs, double(inputs))
+    )
+    columns = zip((*got.values, *got.grads), (*naive.values, *naive.grads), (*truth.values, *truth.grads), strict=True)
+    for a, plain, exact in columns:
+        # Rounding a score of 10,000 moves its exponential by a thousandth, in any implementation.
+        assert float((a - exact).norm()) <= 3 * float((plain - exact).norm()) + 1e-5 * float(exact.norm()) + 1e-6
 
 
 def test_a_sequence_sees_no_other_and_no_future():
