@@ -55,8 +55,9 @@ def register(*rows: Row) -> None:
 
 
 def all_rows() -> dict[str, Row]:
-    """Import every file of bench/ and return the rows they registered, by name."""
+    """Import every file of bench/ that registers rows, and return them by name."""
     for path in sorted(Path(__file__).parent.glob("*.py")):
-        if not path.stem.startswith("__"):
+        # The other files are programs of their own, and import what a machine without network may lack.
+        if "\nregister(" in path.read_text():
             import_module(f"bench.{path.stem}")
     return dict(sorted(_rows.items()))

@@ -10,10 +10,12 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-
-import yaml
+from typing import TYPE_CHECKING
 
 from fastrl.command.fields import Option, accepts_null, expected, is_flag, is_list
+
+if TYPE_CHECKING:  # elsewhere inside functions: `fastrl kernels` runs where yaml is not installed
+    import yaml
 
 NULL_TAG = "tag:yaml.org,2002:null"
 Text = str | None | list["Text"] | dict[str, "Text"]
@@ -123,6 +125,8 @@ def _unknown(setting: Setting, known: Collection[str], command: str) -> str:
 
 
 def _compose(path: str) -> yaml.Node | None:
+    import yaml
+
     try:
         return yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except UnicodeDecodeError:
@@ -138,6 +142,8 @@ def _compose(path: str) -> yaml.Node | None:
 
 
 def _settings(root: yaml.Node | None, path: str, blocks: Collection[str]) -> list[Setting]:
+    import yaml
+
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
@@ -150,6 +156,8 @@ def _line(node: yaml.Node) -> int:
 
 
 def _walk(mapping: yaml.MappingNode, path: str, prefix: str, blocks: Collection[str]) -> Iterator[Setting]:
+    import yaml
+
     for name, node in mapping.value:
         source = f"{path}:{_line(name)}"
         if not isinstance(name, yaml.ScalarNode):
@@ -162,6 +170,8 @@ def _walk(mapping: yaml.MappingNode, path: str, prefix: str, blocks: Collection[
 
 
 def _text(node: yaml.Node, path: str) -> Text:
+    import yaml
+
     if isinstance(node, yaml.SequenceNode):
         return [_text(item, path) for item in node.value]
     if isinstance(node, yaml.MappingNode):
