@@ -167,7 +167,10 @@ def _run(name: str, path: str | None, arguments: Sequence[str]) -> int:
         raise Refused(f"--dry-run: {name} has none; these have: {able}")
     config = configure(name, path, flags)
     module = import_module(recipe.module)
+    from fastrl.recipes.tiny import with_tiny
+
     try:
+        config = with_tiny(config)
         code = module.dry_run(config) if is_dry_run else module.run(config)
     except (ValueError, RuntimeError, OSError) as error:
         if not _is_our_sentence(error):

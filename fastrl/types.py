@@ -7,7 +7,7 @@ Alignment rule: in a packed batch, index t is the prediction of `target[t]`. Lab
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -94,7 +94,10 @@ class LossOutput:
     Attributes:
         loss: [] the weighted sum, differentiable.
         metrics: name -> [T] detached value per token; the trainer averages over trained tokens.
+        item_metrics: name -> [K] detached value per item (pair, sequence, step), any K for each name; the trainer
+            averages over all items of the optimizer step, NaN left out.
     """
 
     loss: Tensor
-    metrics: Mapping[str, Tensor]
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    item_metrics: Mapping[str, Tensor] = field(default_factory=dict)

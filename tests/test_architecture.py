@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollout": {"types", "_C"},
     "rewards": {"types"},
     "integrations": {"types", "ops", "losses"},
-    "train": {"types", "ops", "losses", "algorithms", "data", "rollout", "rewards", "integrations"},
+    "train": {"types", "ops", "losses", "algorithms", "data", "rollout", "rewards", "integrations", "report"},
     "report": {"types", "ops", "losses", "algorithms", "data", "rollout", "rewards", "integrations"},
     "recipes": {
         "types",

@@ -46,7 +46,11 @@ class TokenSequence:
 
 
 def pack(
-    sequences: Sequence[TokenSequence], *, token_budget: int, device: torch.device | str | None = None
+    sequences: Sequence[TokenSequence],
+    *,
+    token_budget: int,
+    group: Sequence[int] | None = None,
+    device: torch.device | str | None = None,
 ) -> list[TokenBatch]:
     """Best-fit decreasing into batches of at most `token_budget` positions; deterministic, nothing cut or padded.
 
@@ -56,13 +60,14 @@ def pack(
     Args:
         sequences: those of one optimizer step; an optional column is on all of them or on none.
         token_budget: most positions (one less than tokens, per sequence) of a batch.
+        group: [S] sequences of the same number (the two of a preference pair) share a batch; None leaves each alone.
 
     Returns:
         The batches, none of them empty; [] for no sequences.
 
     Raises:
-        ValueError: a sequence over the budget, shorter than two tokens, with columns of other lengths, with a
-            weight on its first token or not finite, or with a column that others lack.
+        ValueError: a sequence or a group over the budget; a sequence shorter than two tokens, with columns of other
+            lengths, with a weight on its first token or not finite, or with a column that others lack.
 
     Cost: O(S log S) on the host plus one pass over the tokens.
 
@@ -79,7 +84,7 @@ def pack(
     columns = _joined_columns(sequences, tokens)
     _require_weights(columns["weight"], first)
 
-    bins = _best_fit_decreasing(tokens - 1, token_budget)
+    bins = _bins(tokens - 1, token_budget, group)
     order = np.concatenate(bins)  # [S] sequences in packed order
     lengths = tokens[order] - 1
     start = np.cumsum(lengths) - lengths  # [S] first position of each packed sequence
@@ -147,6 +152,25 @@ def unpack_columns(per_token: Sequence[Tensor], batches: Sequence[TokenBatch]) -
             f"batches must be all those of one pack call, got sequences {sorted(columns)[:8]}... of {count}"
         )
     return [columns[index] for index in range(count)]
+
+
+def _bins(lengths: NDArray[np.int64], budget: int, group: Sequence[int] | None) -> list[NDArray[np.int64]]:
+    """The sequences of each bin, ascending; those of a group in one bin."""
+    if group is None:
+        return _best_fit_decreasing(lengths, budget)
+    if len(group) != len(lengths):
+        raise ValueError(f"group must hold a number for each of the {len(lengths)} sequences, got {len(group)}")
+    _, first, member = np.unique(np.asarray(group, np.int64), return_index=True, return_inverse=True)
+    totals = np.bincount(member, weights=lengths).astype(np.int64)
+    longest = int(totals.argmax())
+    if totals[longest] > budget:
+        raise ValueError(
+            f"sequence {first[longest]} and those that must be learned together with it take {totals[longest]} "
+            f"positions, over the token budget of {budget}: raise packing.token_budget to at least {totals[longest]}"
+        )
+    bins = _best_fit_decreasing(totals, budget)
+    members = np.split(np.argsort(member, kind="stable"), np.cumsum(np.bincount(member))[:-1])
+    return [np.sort(np.concatenate([members[group] for group in groups])) for groups in bins]
 
 
 def _best_fit_decreasing(lengths: NDArray[np.int64], budget: int) -> list[NDArray[np.int64]]:

@@ -10,13 +10,11 @@ from time import perf_counter
 import torch
 
 from fastrl.recipes import evaluate, grpo, sft
-from fastrl.recipes.sorting import DIGITS, make_tokenizer, write_task
+from fastrl.recipes.sorting import DIGITS, make_base_model, sft_config, write_task
 from fastrl.report.html import REPORT_FILE
-from fastrl.train.config import DemoConfig, EvalConfig, GRPOConfig, PackingBlock, ReportBlock, SFTConfig
+from fastrl.train.config import DemoConfig, EvalConfig, GRPOConfig, PackingBlock, ReportBlock
 from fastrl.train.estimate import Estimate
-from fastrl.train.export import save_pretrained
 from fastrl.train.run_directory import RunDirectoryError
-from fastrl.train.tiny import make_tiny_qwen3
 
 SMALLEST_GAIN = 0.1  # of sampled accuracy, GRPO over SFT; below it the demo fails
 N_HELD_OUT = 250
@@ -42,12 +40,12 @@ def run(config: DemoConfig) -> int:
     torch.set_num_threads(1)  # more cost more than they bring at this size, and the result depends on their number
     files = write_task(folder / "data", seed=config.seed, n_sft=4000, n_prompts=8000, n_held_out=N_HELD_OUT)
     base = folder / "base"
-    _make_base_model(base, seed=config.seed)
+    make_base_model(base, seed=config.seed)
     print(f"Task: sort {DIGITS} digits. Reward: 1 when the whole answer is right, else 0.\n")
     untrained = _stage("untrained", base, files.held_out, seed=config.seed)
 
     print("\nStage 1: a short supervised warm start on sorted examples")
-    _checked(sft.run(_sft_config(base, folder / "sft", files.sft, seed=config.seed)))
+    _checked(sft.run(sft_config(base, folder / "sft", files.sft, seed=config.seed)))
     warm = _stage("after SFT", folder / "sft" / "model", files.held_out, seed=config.seed)
 
     print("\nStage 2: GRPO on prompts and a verifiable reward, no answers shown")
@@ -69,37 +67,6 @@ def run(config: DemoConfig) -> int:
         }
         print(json.dumps(record))
     return 0 if gain >= SMALLEST_GAIN else 1
-
-
-def _make_base_model(folder: Path, *, seed: int) -> None:
-    tokenizer = make_tokenizer()
-    model = make_tiny_qwen3(
-        len(tokenizer),
-        hidden_size=64,
-        layers=2,
-        intermediate_size=128,
-        context=64,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        seed=seed,
-    )
-    save_pretrained(model, tokenizer, folder, card="A tiny Qwen3 with random weights, made by `fastrl demo`.")
-
-
-def _sft_config(model: Path, output_dir: Path, data: Path, *, seed: int) -> SFTConfig:
-    return SFTConfig(
-        model_name_or_path=str(model),
-        output_dir=str(output_dir),
-        train_dataset=str(data),
-        seed=seed,
-        max_steps=60,
-        per_device_train_batch_size=128,
-        learning_rate=3e-3,
-        warmup_steps=10,
-        adam_beta2=0.99,
-        logging_steps=20,
-        report=ReportBlock(panel=False),
-    )
 
 
 def _grpo_config(model: Path, output_dir: Path, data: Path, *, seed: int) -> GRPOConfig:

@@ -28,10 +28,10 @@ from fastrl.train.device import peak_gib
 from fastrl.train.estimate import estimate_by_group
 from fastrl.train.experience_metrics import experience_metrics
 from fastrl.train.export import save_pretrained
+from fastrl.train.from_config import journal_of, model_of, tokenizer_of
 from fastrl.train.guards import check_probability_error, check_verdicts
 from fastrl.train.interrupt import EXIT_INTERRUPTED
-from fastrl.train.model import load_tokenizer
-from fastrl.train.policy_setup import Setup, model_of, prompts_of, sampler_of, set_up
+from fastrl.train.policy_setup import Setup, prompts_of, sampler_of, set_up
 from fastrl.train.prepare import StepSequences, cut_into_steps, prepare
 from fastrl.train.provenance import write_environment
 from fastrl.train.run_directory import open_run_directory
@@ -49,23 +49,13 @@ def run(config: GRPOConfig) -> int:
     contents = contents_of(data=[config.train_dataset], model=config.model_name_or_path, rewards=config.reward_funcs)
     record = asdict(config) | {"contents": contents}
     with open_run_directory(config.output_dir, record, resume=config.resume_from_checkpoint) as directory:
-        tokenizer = load_tokenizer(
-            config.model_name_or_path,
-            chat_template=config.data.chat_template,
-            trust_remote_code=config.trust_remote_code,
-        )
+        tokenizer = tokenizer_of(config)
         setup = set_up(config, tokenizer)
         write_environment(directory.path, setup.policy.device)
-        journal = Journal(
-            directory.path,
-            title=f"fastrl grpo ({config.parity or config.algorithm})",
-            total_steps=setup.total_steps,
-            live=config.report.panel,
-            trackers=config.report.to,
-            config=asdict(config),
-        )
-        with journal:
-            progress, offsets = restore(directory, setup.optimizer, resume=config.resume_from_checkpoint)
+        title = f"fastrl grpo ({config.parity or config.algorithm})"
+        states = {"optimizer": setup.optimizer}
+        with journal_of(config, directory, title=title, total_steps=setup.total_steps) as journal:
+            progress, offsets = restore(directory, states, resume=config.resume_from_checkpoint)
             journal.truncate_to(offsets)
             rounds_without_verdict = 0
             while progress.step < setup.total_steps:
@@ -82,7 +72,7 @@ def run(config: GRPOConfig) -> int:
                 )
                 if directory.interrupted():
                     # This round has taught nothing yet: the resumed run samples it again, alike.
-                    save(directory, progress, setup.optimizer, journal.offsets(), keep=config.save_total_limit)
+                    save(directory, progress, states, journal.offsets(), keep=config.save_total_limit)
                     return EXIT_INTERRUPTED
                 experience = replace(experience, seconds=experience.seconds | {"sync": synced})
                 progress = learn(config, setup, journal, experience, replace(progress, ordinal=ordinal))
@@ -93,7 +83,7 @@ def run(config: GRPOConfig) -> int:
                 if setup.held_out and (is_last or _crossed(first, progress.step, config.eval_steps)):
                     evaluate(setup, journal, progress)
                 if is_last or directory.interrupted() or _crossed(first, progress.step, config.save_steps):
-                    save(directory, progress, setup.optimizer, journal.offsets(), keep=config.save_total_limit)
+                    save(directory, progress, states, journal.offsets(), keep=config.save_total_limit)
                 if directory.interrupted():
                     return EXIT_INTERRUPTED
         name = Path(config.model_name_or_path).name
@@ -108,9 +98,7 @@ def dry_run(config: GRPOConfig) -> int:
     Returns:
         0, or 1 when a reward failed, with its first traceback printed.
     """
-    tokenizer = load_tokenizer(
-        config.model_name_or_path, chat_template=config.data.chat_template, trust_remote_code=config.trust_remote_code
-    )
+    tokenizer = tokenizer_of(config)
     algorithm = algorithm_from(config)
     rewards = resolve_rewards(config.reward_funcs, config.reward_weights)
     prompts = prompts_of(config, tokenizer, rewards, config.train_dataset, output_dir=None)
@@ -167,12 +155,10 @@ def learn(config: GRPOConfig, setup: Setup, journal: Journal, experience: Experi
     for index, (step, step_batches) in enumerate(updates):
         started = perf_counter()
         metrics = update(
-            setup.policy,
             setup.optimizer,
-            policy_batch_loss(algorithm, config.kernels),
+            policy_batch_loss(setup.policy, algorithm, config.kernels, temperature=config.temperature),
             step_batches,
             config,
-            temperature=config.temperature,
             lr=_learning_rate(config, setup, progress),
             step=progress.step + 1,
         )

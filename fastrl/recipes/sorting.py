@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastrl.train.config import ReportBlock, SFTConfig
+
 DIGITS = 6
 USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 CHAT_TEMPLATE = (
@@ -48,6 +50,42 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
+def make_base_model(folder: Path, *, seed: int) -> None:
+    """Write a Qwen3 of 0.1 M parameters with random weights and the task's tokenizer."""
+    from fastrl.train.export import save_pretrained
+    from fastrl.train.tiny import make_tiny_qwen3
+
+    tokenizer = make_tokenizer()
+    model = make_tiny_qwen3(
+        len(tokenizer),
+        hidden_size=64,
+        layers=2,
+        intermediate_size=128,
+        context=64,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=seed,
+    )
+    save_pretrained(model, tokenizer, folder, card="A tiny Qwen3 with random weights, for the sorting task.")
+
+
+def sft_config(model: Path, output_dir: Path, data: Path, *, seed: int) -> SFTConfig:
+    """A short supervised warm start: after it, about one answer in five is right."""
+    return SFTConfig(
+        model_name_or_path=str(model),
+        output_dir=str(output_dir),
+        train_dataset=str(data),
+        seed=seed,
+        max_steps=60,
+        per_device_train_batch_size=128,
+        learning_rate=3e-3,
+        warmup_steps=10,
+        adam_beta2=0.99,
+        logging_steps=20,
+        report=ReportBlock(panel=False),
+    )
+
+
 def write_task(folder: Path, *, seed: int, n_sft: int, n_prompts: int, n_held_out: int) -> TaskFiles:
     """Write the task's files; no question is in two of held-out and practice.
 
@@ -61,23 +99,26 @@ def write_task(folder: Path, *, seed: int, n_sft: int, n_prompts: int, n_held_ou
     questions = [f"{number:0{DIGITS}d}" for number in numbers]
     held_out, practice = questions[:n_held_out], questions[n_held_out:]
     files = TaskFiles(folder / "sft.jsonl", folder / "prompts.jsonl", folder / "held_out.jsonl")
-    _write_rows(files.sft, [_supervised(question) for question in practice[:n_sft]])
-    _write_rows(files.prompts, [_prompt(question) for question in practice])
-    _write_rows(files.held_out, [_prompt(question) for question in held_out])
+    _write_rows(files.sft, [supervised_row(question) for question in practice[:n_sft]])
+    _write_rows(files.prompts, [prompt_row(question) for question in practice])
+    _write_rows(files.held_out, [prompt_row(question) for question in held_out])
     return files
 
 
-def _answer(question: str) -> str:
+def answer(question: str) -> str:
+    """The digits in order."""
     return "".join(sorted(question))
 
 
-def _prompt(question: str) -> dict[str, Any]:
-    return {"prompt": [{"role": "user", "content": question}], "answer": _answer(question)}
+def prompt_row(question: str) -> dict[str, Any]:
+    """A prompt, and the answer that rewards compare with."""
+    return {"prompt": [{"role": "user", "content": question}], "answer": answer(question)}
 
 
-def _supervised(question: str) -> dict[str, Any]:
-    completion = [{"role": "assistant", "content": _answer(question)}]
-    return {"prompt": _prompt(question)["prompt"], "completion": completion}
+def supervised_row(question: str) -> dict[str, Any]:
+    """A prompt and its completion."""
+    completion = [{"role": "assistant", "content": answer(question)}]
+    return {"prompt": prompt_row(question)["prompt"], "completion": completion}
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

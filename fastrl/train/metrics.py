@@ -1,8 +1,9 @@
-"""Averages of per-token metrics over the trained tokens of a step, with one host sync."""
+"""Averages of a step's metrics, over its trained tokens or its items, with one host sync."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,29 +11,55 @@ from torch import Tensor
 from fastrl.types import LossOutput, TokenBatch
 
 
-def token_sums(outputs: Iterable[tuple[LossOutput, TokenBatch]]) -> dict[str, Tensor]:
-    """Add up loss, trained tokens and every per-token metric over micro-batches, on the device.
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Totals of one optimizer step, on the device.
 
-    Returns:
-        name -> [] f64 sum over trained tokens (weight != 0); "loss" is the plain sum, "tokens" the count.
+    Attributes:
+        loss: [] f64, the plain sum: weights are shares of the step already.
+        total: name -> [] f64 sum of a metric.
+        count: name -> [] f64 tokens or items in it.
     """
-    sums: dict[str, Tensor] = {}
+
+    loss: Tensor
+    total: dict[str, Tensor]
+    count: dict[str, Tensor]
+
+
+def sums_of(outputs: Iterable[tuple[LossOutput, TokenBatch]]) -> Sums:
+    """Add up the losses and metrics of a step's micro-batches: at least one.
+
+    A token metric counts where `weight != 0`, an item metric where it is not NaN.
+    """
+    loss: Tensor | None = None
+    total: dict[str, Tensor] = {}
+    count: dict[str, Tensor] = {}
     for output, batch in outputs:
+        part = output.loss.detach().double()
+        loss = part if loss is None else loss + part
         is_trained = batch.weight != 0
-        parts = {"loss": output.loss.detach().double(), "tokens": is_trained.sum().double()}
-        for name, value in output.metrics.items():
+        counted = [(name, value, is_trained) for name, value in output.metrics.items()]
+        counted += [(name, value, ~value.isnan()) for name, value in output.item_metrics.items()]
+        for name, value, is_counted in counted:
             # where, not a product: an untrained position may hold anything.
-            parts[name] = torch.where(is_trained, value, torch.zeros_like(value)).sum(dtype=torch.float64)
-        for name, part in parts.items():
-            sums[name] = sums[name] + part if name in sums else part
-    return sums
+            part = torch.where(is_counted, value, torch.zeros_like(value)).sum(dtype=torch.float64)
+            total[name] = total[name] + part if name in total else part
+            n = is_counted.sum(dtype=torch.float64)
+            count[name] = count[name] + n if name in count else n
+    assert loss is not None, "a step without a micro-batch has nothing to add up"
+    return Sums(loss, total, count)
 
 
-def token_means(sums: Mapping[str, Tensor]) -> dict[str, float]:
-    """Turn sums into means per trained token; `loss` stays a sum and `tokens` a count. One host sync."""
-    if not sums:
-        return {"loss": 0.0, "tokens": 0.0}
-    names = list(sums)
-    values = dict(zip(names, torch.stack([sums[name] for name in names]).tolist(), strict=True))
-    tokens = max(values["tokens"], 1.0)
-    return {name: value if name in ("loss", "tokens") else value / tokens for name, value in values.items()}
+def means_of(sums: Sums, **others: Tensor) -> dict[str, float]:
+    """Turn sums into `loss` and means; a metric that nothing counted in is left out. One host sync.
+
+    Args:
+        others: [] further numbers to bring to the host with them.
+    """
+    names = list(sums.total)
+    scalars = {"loss": sums.loss} | others
+    numbers = [*scalars.values(), *sums.total.values(), *(sums.count[name] for name in names)]
+    values = torch.stack([number.double() for number in numbers]).tolist()
+    result = dict(zip(scalars, values, strict=False))
+    totals, counts = values[len(scalars) : len(scalars) + len(names)], values[len(scalars) + len(names) :]
+    return result | {name: a / n for name, a, n in zip(names, totals, counts, strict=True) if n > 0}

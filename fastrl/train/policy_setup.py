@@ -17,8 +17,8 @@ from fastrl.rollout.engine import Sampling
 from fastrl.train.algorithm import algorithm_from
 from fastrl.train.collect import Sampler
 from fastrl.train.config import GRPOConfig
-from fastrl.train.device import check_backend, compute_dtype, pick_device
-from fastrl.train.model import load_model
+from fastrl.train.device import check_backend, pick_device
+from fastrl.train.from_config import model_of, optimizer_of
 from fastrl.train.optimizer import MasterAdamW
 from fastrl.train.prompts import Prompt, load_prompts
 
@@ -74,12 +74,7 @@ def set_up(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> Setup:
         algorithm=algorithm,
         policy=policy,
         reference=model_of(config).requires_grad_(False) if algorithm.kl is not None else None,
-        optimizer=MasterAdamW(
-            policy,
-            betas=(config.adam_beta1, config.adam_beta2),
-            epsilon=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-        ),
+        optimizer=optimizer_of(config, policy),
         sampler=sampler_of(config, policy, tokenizer, rewards),
         groups=groups,
         total_steps=config.max_steps if config.max_steps > 0 else steps_of_rounds,
@@ -102,18 +97,6 @@ def prompts_of(
         rewards,
         max_prompt_length=config.rollout.max_prompt_length,
         output_dir=output_dir,
-    )
-
-
-def model_of(config: GRPOConfig, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
-    """Return the model that the run starts from."""
-    return load_model(
-        config.model_name_or_path,
-        dtype=compute_dtype(config.dtype),
-        device=pick_device(config.device),
-        attn_implementation=config.attn_implementation,
-        gradient_checkpointing=gradient_checkpointing,
-        trust_remote_code=config.trust_remote_code,
     )
 
 

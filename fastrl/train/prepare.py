@@ -18,9 +18,9 @@ from fastrl.algorithms.policy_gradient import PolicyGradient, has_signal, token_
 from fastrl.data.pack import TokenSequence, pack
 from fastrl.losses.entropy import entropy_keep
 from fastrl.losses.weighting import without
-from fastrl.ops.linear_logprob import linear_logprob
 from fastrl.train.config import KernelsBlock
-from fastrl.train.model import hidden_states, model_head
+from fastrl.train.logprob import trained_logprob
+from fastrl.train.model import model_head
 from fastrl.train.sequences import rollout_sequences, trained_length
 from fastrl.types import Head, Rollout, TokenBatch
 
@@ -118,20 +118,7 @@ def trained_stats(
     model: PreTrainedModel, head: Head, batch: TokenBatch, kernels: KernelsBlock
 ) -> tuple[Tensor, Tensor]:
     """Return log-probability and entropy [T] of the trained positions, 0 elsewhere: the waist without gradient."""
-    rows = batch.weight.nonzero()[:, 0]
-    stats = linear_logprob(
-        hidden_states(model, batch)[rows],
-        head.weight,
-        batch.target[rows],
-        bias=head.bias,
-        temperature=head.temperature,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-        chunk_rows=kernels.chunk_rows,
-        backend=kernels.backend,
-    )
-    nothing = torch.zeros_like(batch.weight)
-    return nothing.index_copy(0, rows, stats.logprob.float()), nothing.index_copy(0, rows, stats.entropy.float())
+    return trained_logprob(model, head, batch, kernels)
 
 
 def prepare(

@@ -8,10 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Protocol
+
+from torch import Tensor
 
 from fastrl.train.checkpoint import load_checkpoint, resume_point, save_checkpoint
-from fastrl.train.optimizer import MasterAdamW
 from fastrl.train.run_directory import RunDirectory
+
+
+class Stateful(Protocol):
+    """What gives its state as a flat map of tensors and takes it back, as `MasterAdamW` does."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +45,7 @@ class Progress:
 def save(
     directory: RunDirectory,
     progress: Progress,
-    optimizer: MasterAdamW,
+    states: Mapping[str, Stateful],
     offsets: Mapping[str, int],
     *,
     keep: int | None,
@@ -43,20 +53,24 @@ def save(
     """Write `checkpoint-STEP/`, whole or not at all; a step that has one already is not saved again.
 
     Args:
+        states: what the run cannot make again, by name: "optimizer" with the weights, and others a recipe has.
         offsets: lengths of the log files, which a resumed run cuts back to.
         keep: newest checkpoints kept; None keeps all.
     """
     if (directory.path / f"checkpoint-{progress.step}").exists():
         return
     state = {"progress": asdict(progress), "offsets": dict(offsets)}
-    tensors = {"optimizer": optimizer.state_dict()}
+    tensors = {name: owner.state_dict() for name, owner in states.items()}
     save_checkpoint(directory.path, progress.step, tensors=tensors, state=state, keep=keep)
 
 
-def restore(directory: RunDirectory, optimizer: MasterAdamW, *, resume: str | None) -> tuple[Progress, dict[str, int]]:
+def restore(
+    directory: RunDirectory, states: Mapping[str, Stateful], *, resume: str | None
+) -> tuple[Progress, dict[str, int]]:
     """Load the checkpoint that `resume` means; a fresh start when there is none.
 
     Args:
+        states: as given to `save`; each gets back what it had.
         resume: "auto" for the newest whole one, a checkpoint directory, or None.
 
     Returns:
@@ -66,5 +80,11 @@ def restore(directory: RunDirectory, optimizer: MasterAdamW, *, resume: str | No
     if checkpoint is None:
         return Progress(), {}
     tensors, state = load_checkpoint(checkpoint)
-    optimizer.load_state_dict(tensors["optimizer"])
+    if tensors.keys() != states.keys():
+        raise ValueError(
+            f"{checkpoint} holds the state of {', '.join(sorted(tensors))}, and this run has "
+            f"{', '.join(sorted(states))}; resume with the recipe and the options it was started with"
+        )
+    for name, owner in states.items():
+        owner.load_state_dict(tensors[name])
     return Progress(**state["progress"]), state["offsets"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastrl.algorithms.policy_gradient import PolicyGradient, policy_loss
@@ -13,24 +13,22 @@ from fastrl.losses.supervised import nll
 from fastrl.ops.linear_cross_entropy import linear_cross_entropy
 from fastrl.ops.linear_token_loss import linear_token_loss
 from fastrl.train.config import KernelsBlock, TrainConfig
-from fastrl.train.metrics import token_means, token_sums
+from fastrl.train.metrics import means_of, sums_of
 from fastrl.train.model import hidden_states, model_head
 from fastrl.train.optimizer import MasterAdamW
 from fastrl.train.step import optimizer_step
-from fastrl.types import Head, LossOutput, TokenBatch
+from fastrl.types import LossOutput, TokenBatch
 
-# hidden [T, D], head, batch -> loss and metrics of one micro-batch
-BatchLoss = Callable[[Tensor, Head, TokenBatch], LossOutput]
+# The loss of one micro-batch: it runs the model itself and may differentiate inside its forward pass.
+BatchLoss = Callable[[TokenBatch], LossOutput]
 
 
 def update(
-    model: PreTrainedModel,
     optimizer: MasterAdamW,
     batch_loss: BatchLoss,
     batches: Sequence[TokenBatch],
     config: TrainConfig,
     *,
-    temperature: float,
     lr: float,
     step: int,
 ) -> dict[str, float]:
@@ -40,42 +38,41 @@ def update(
     micro-batch (no completion has a gradient) leaves weights and optimizer state alone.
 
     Args:
-        batch_loss: loss of one micro-batch; it may differentiate inside its forward pass.
-        temperature: divides the logits.
         step: number of the step, for messages.
 
     Returns:
-        `loss`, `grad_norm`, `learning_rate`, `skipped_step`, and the mean per trained token of the loss's metrics.
+        `loss`, `grad_norm`, `learning_rate`, `skipped_step`, and the means of the loss's metrics.
     """
     if not batches:
         return {"loss": 0.0, "grad_norm": 0.0, "learning_rate": lr, "skipped_step": 1.0}
     pairs: list[tuple[LossOutput, TokenBatch]] = []
     for batch in batches:
-        output = batch_loss(hidden_states(model, batch), model_head(model, temperature=temperature), batch)
+        output = batch_loss(batch)
         output.loss.backward()  # type: ignore[no-untyped-call]
-        pairs.append((LossOutput(output.loss.detach(), output.metrics), batch))  # the graph goes, with its gradients
-    sums = token_sums(pairs)
+        pairs.append((replace(output, loss=output.loss.detach()), batch))  # the graph goes, with its gradients
+    sums = sums_of(pairs)
     result = optimizer_step(
         optimizer,
-        sums["loss"],
+        sums.loss,
         lr=lr,
         max_grad_norm=config.max_grad_norm,
         on_nonfinite=config.on_nonfinite,
         step=step,
     )
-    means = token_means(sums | {"grad_norm": result.grad_norm.double() * sums["tokens"]})
-    del means["tokens"]
+    means = means_of(sums, grad_norm=result.grad_norm)
     return means | {"learning_rate": lr, "skipped_step": float(result.skipped is not None)}
 
 
-def policy_batch_loss(algorithm: PolicyGradient, kernels: KernelsBlock) -> BatchLoss:
-    """The loss of a policy-gradient algorithm, as `update` calls it."""
+def policy_batch_loss(
+    model: PreTrainedModel, algorithm: PolicyGradient, kernels: KernelsBlock, *, temperature: float
+) -> BatchLoss:
+    """The loss of a policy-gradient algorithm, as `update` calls it; `temperature` divides the logits."""
 
-    def loss(hidden: Tensor, head: Head, batch: TokenBatch) -> LossOutput:
+    def loss(batch: TokenBatch) -> LossOutput:
         return policy_loss(
             algorithm,
-            hidden,
-            head,
+            hidden_states(model, batch),
+            model_head(model, temperature=temperature),
             batch,
             chunk_rows=kernels.chunk_rows,
             skip_tolerance=kernels.skip_tolerance,
@@ -85,12 +82,13 @@ def policy_batch_loss(algorithm: PolicyGradient, kernels: KernelsBlock) -> Batch
     return loss
 
 
-def supervised_batch_loss(kernels: KernelsBlock, *, label_smoothing: float) -> BatchLoss:
+def supervised_batch_loss(model: PreTrainedModel, kernels: KernelsBlock, *, label_smoothing: float) -> BatchLoss:
     """Cross entropy over trained tokens, as `update` calls it; entropy is logged where it costs nothing."""
 
-    def smoothed(hidden: Tensor, head: Head, batch: TokenBatch) -> LossOutput:
+    def smoothed(batch: TokenBatch) -> LossOutput:
+        head = model_head(model)
         loss = linear_cross_entropy(
-            hidden,
+            hidden_states(model, batch),
             head.weight,
             batch.target,
             token_weight=batch.weight,
@@ -104,9 +102,10 @@ def supervised_batch_loss(kernels: KernelsBlock, *, label_smoothing: float) -> B
         )
         return LossOutput(loss, {})
 
-    def plain(hidden: Tensor, head: Head, batch: TokenBatch) -> LossOutput:
+    def plain(batch: TokenBatch) -> LossOutput:
+        head = model_head(model)
         result = linear_token_loss(
-            hidden,
+            hidden_states(model, batch),
             head.weight,
             batch.target,
             nll,
@@ -125,14 +124,6 @@ def supervised_batch_loss(kernels: KernelsBlock, *, label_smoothing: float) -> B
 
 
 @torch.no_grad()
-def mean_loss(
-    model: PreTrainedModel, batch_loss: BatchLoss, batches: Sequence[TokenBatch], *, temperature: float = 1.0
-) -> dict[str, float]:
-    """Loss and metrics without gradient, for held-out data."""
-    outputs = (
-        (batch_loss(hidden_states(model, batch), model_head(model, temperature=temperature), batch), batch)
-        for batch in batches
-    )
-    means = token_means(token_sums(outputs))
-    del means["tokens"]
-    return means
+def mean_loss(batch_loss: BatchLoss, batches: Sequence[TokenBatch]) -> dict[str, float]:
+    """Loss and metrics without gradient, for held-out data: at least one batch."""
+    return means_of(sums_of((batch_loss(batch), batch) for batch in batches))

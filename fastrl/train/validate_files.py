@@ -7,9 +7,14 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from fastrl.train.tiny_files import FILES, MODELS, is_tiny, tiny_problem
+
 
 def model_problem(path: str) -> Iterator[str]:
-    """A model is a directory with config.json and safetensors."""
+    """A model is a directory with config.json and safetensors, or made on the spot."""
+    if is_tiny(path):
+        yield from tiny_problem("model_name_or_path", path, MODELS)
+        return
     folder = Path(path)
     if not folder.is_dir():
         name = f"models/{folder.name}"
@@ -24,6 +29,9 @@ def model_problem(path: str) -> Iterator[str]:
 def dataset_problem(key: str, path: str | None) -> Iterator[str]:
     """A data file exists, and its format can be read here."""
     if path is None:
+        return
+    if is_tiny(path):
+        yield from tiny_problem(key, path, FILES)
         return
     yield from file_problem(key, path)
     if not path.endswith((".jsonl", ".jsonl.gz", ".parquet")):

@@ -184,3 +184,22 @@ def _seconds(sequences):
     start = time.perf_counter()
     pack(sequences, token_budget=8192)
     return time.perf_counter() - start
+
+
+def test_the_sequences_of_a_group_share_a_batch_and_keep_their_order() -> None:
+    rows = made((5, 2, 4, 3, 6, 2))
+    batches = pack(rows, token_budget=7, group=[0, 0, 1, 1, 2, 2])
+    # Positions of the groups: 4 + 1, 3 + 2, 5 + 1.
+    assert [batch.sequence.tolist() for batch in batches] == [[4, 5], [0, 1], [2, 3]]
+    assert [len(batch.target) for batch in batches] == [6, 5, 5]
+    together = pack(rows, token_budget=11, group=[7, 3, 3, 5, 5, 7])
+    # 4 + 1, 1 + 3 and 2 + 5 positions; best fit puts the four beside the seven.
+    assert [batch.sequence.tolist() for batch in together] == [[1, 2, 3, 4], [0, 5]]
+
+
+def test_a_group_over_the_budget_and_a_wrong_number_of_groups_are_named() -> None:
+    rows = made((5, 4))
+    with pytest.raises(ValueError, match=r"sequence 0 and those .* take 7 positions, over the token budget of 6"):
+        pack(rows, token_budget=6, group=[1, 1])
+    with pytest.raises(ValueError, match="a number for each of the 2 sequences, got 1"):
+        pack(rows, token_budget=8, group=[1])

@@ -14,7 +14,7 @@ import torch
 from fastrl.algorithms import policy_gradient
 from fastrl.recipes import grpo
 from fastrl.report import read_log
-from fastrl.train import policy_setup, prepare
+from fastrl.train import from_config, logprob, policy_setup
 from fastrl.train.config import (
     DataBlock,
     KernelsBlock,
@@ -52,7 +52,7 @@ def test_two_steps_feed_the_backbone_no_more_than_they_must(
     base: Base, tmp_path: Path, changes: dict[str, Any], policy: int, reference: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[int] = []
-    load = policy_setup.load_model
+    load = from_config.load_model
 
     def counted(*args: Any, **options: Any) -> Any:
         model, number = load(*args, **options), len(passes)
@@ -64,7 +64,7 @@ def test_two_steps_feed_the_backbone_no_more_than_they_must(
         model.base_model.register_forward_pre_hook(count, with_kwargs=True)
         return model
 
-    monkeypatch.setattr(policy_setup, "load_model", counted)
+    monkeypatch.setattr(from_config, "load_model", counted)
     lines = run_grpo(base, tmp_path / "run", max_steps=2, **changes)
     assert column(lines, "skipped_step") == [0.0, 0.0]
     assert passes == ([policy, reference] if reference else [policy])
@@ -76,7 +76,7 @@ def test_completions_without_signal_never_reach_the_backbone(base: Base, tmp_pat
     assert column(lines, "frac_reward_zero_std") == column(lines, "skipped_step") == [1.0] * 4
     assert column(lines, "reward") == [0.5] * 4
     trained = weights_of(tmp_path / "run")
-    for name, weight in policy_setup.load_model(base.model, dtype=torch.float32, device="cpu").state_dict().items():
+    for name, weight in from_config.load_model(base.model, dtype=torch.float32, device="cpu").state_dict().items():
         assert name not in trained or torch.equal(trained[name], weight)
 
 
@@ -248,9 +248,9 @@ def test_every_update_is_penalised_with_the_newest_kl_coefficient(
     used: list[float] = []
     make_loss = grpo.policy_batch_loss
 
-    def recorded(algorithm: Any, kernels: Any) -> Any:
+    def recorded(model: Any, algorithm: Any, kernels: Any, *, temperature: float) -> Any:
         used.append(algorithm.kl.coef)
-        return make_loss(algorithm, kernels)
+        return make_loss(model, algorithm, kernels, temperature=temperature)
 
     monkeypatch.setattr(grpo, "policy_batch_loss", recorded)
     lines = run_grpo(base, tmp_path / "run", beta=0.5, adaptive_kl_target=10.0, num_iterations=2)
@@ -271,14 +271,14 @@ def test_every_op_over_the_head_runs_on_the_backend_and_chunks_of_the_run(
 
         monkeypatch.setattr(module, name, spy)
 
-    spied(prepare, "linear_logprob")
+    spied(logprob, "linear_logprob")
     spied(policy_gradient, "linear_logprob")
     spied(policy_gradient, "linear_token_loss")
     changes: dict[str, Any] = {"beta": 0.1, "num_iterations": 2, "importance_sampling_level": "sequence"}
     kernels = KernelsBlock(backend="torch", chunk_rows=3)
     run_grpo(base, tmp_path / "run", max_steps=2, kernels=kernels, **changes)
     assert {(module.rpartition(".")[2], name) for module, name, *_ in asked} == {
-        ("prepare", "linear_logprob"),
+        ("logprob", "linear_logprob"),
         ("policy_gradient", "linear_logprob"),
         ("policy_gradient", "linear_token_loss"),
     }

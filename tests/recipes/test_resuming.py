@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fastrl.recipes import grpo, sft
+from fastrl.train import fit
 from fastrl.train.config import DynamicSamplingBlock
 from fastrl.train.interrupt import EXIT_INTERRUPTED
 from fastrl.train.run_directory import RunDirectoryError
@@ -140,7 +141,7 @@ def test_sft_stopped_after_any_step_resumes_bit_for_bit(
     assert sft.run(sft_config(base, tmp_path / "whole", **changes)) == 0
     config = sft_config(base, tmp_path / "stopped", **changes)
     with monkeypatch.context() as stopping:
-        after_call(stopping, sft, "update", number=5, do=stop)
+        after_call(stopping, fit, "update", number=5, do=stop)
         if stop is cut_power:
             with pytest.raises(PowerCutError):
                 sft.run(config)

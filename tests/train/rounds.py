@@ -122,12 +122,10 @@ def learned(
 
     monkeypatch.setattr(update_module, "optimizer_step", recorded)
     metrics = update(
-        model,
         MasterAdamW(model),
-        policy_batch_loss(algorithm, kernels),
+        policy_batch_loss(model, algorithm, kernels, temperature=TEMPERATURE),
         batches,
         replace(CONFIG, kernels=kernels),
-        temperature=TEMPERATURE,
         lr=0.0,
         step=1,
     )

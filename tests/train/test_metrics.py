@@ -1,11 +1,11 @@
-"""Sums over micro-batches and means over trained tokens."""
+"""Sums over micro-batches, and means over trained tokens or items."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from fastrl.train.metrics import token_means, token_sums
+from fastrl.train.metrics import means_of, sums_of
 from fastrl.types import LossOutput, TokenBatch
 
 
@@ -20,17 +20,24 @@ def test_means_are_over_trained_tokens_of_all_micro_batches_whatever_the_others_
     nan = float("nan")
     first = LossOutput(torch.tensor(0.5), {"entropy": torch.tensor([1.0, nan, 3.0])})
     second = LossOutput(torch.tensor(-0.25), {"entropy": torch.tensor([8.0])})
-    sums = token_sums([(first, batch([0.1, 0.0, -0.1])), (second, batch([0.7]))])
-    assert token_means(sums) == {"loss": 0.25, "tokens": 3.0, "entropy": 4.0}
+    sums = sums_of([(first, batch([0.1, 0.0, -0.1])), (second, batch([0.7]))])
+    assert means_of(sums, grad_norm=torch.tensor(2.5)) == {"loss": 0.25, "grad_norm": 2.5, "entropy": 4.0}
 
 
-def test_a_metric_of_some_micro_batches_and_steps_without_tokens_are_no_division_by_zero() -> None:
-    assert token_means({}) == {"loss": 0.0, "tokens": 0.0}
-    empty = token_sums([(LossOutput(torch.tensor(0.0), {"kl": torch.tensor([5.0])}), batch([0.0]))])
-    assert token_means(empty) == {"loss": 0.0, "tokens": 0.0, "kl": 0.0}
+def test_item_metrics_are_means_over_the_items_of_the_step_that_are_not_nan() -> None:
+    nan = float("nan")
+    first = LossOutput(torch.tensor(0.0), item_metrics={"rewards/margins": torch.tensor([1.0, 2.0])})
+    second = LossOutput(torch.tensor(0.0), item_metrics={"rewards/margins": torch.tensor([6.0, nan])})
+    sums = sums_of([(first, batch([0.1, 0.0, -0.1])), (second, batch([0.7]))])
+    assert means_of(sums) == {"loss": 0.0, "rewards/margins": 3.0}
+
+
+def test_a_metric_that_nothing_counted_in_is_left_out() -> None:
+    untrained = LossOutput(torch.tensor(0.0), {"kl": torch.tensor([5.0])}, {"margin": torch.tensor([float("nan")])})
+    assert means_of(sums_of([(untrained, batch([0.0]))])) == {"loss": 0.0}
 
 
 def test_many_small_values_are_summed_in_float64() -> None:
     value = torch.full((100_000,), 0.1)
-    sums = token_sums([(LossOutput(torch.tensor(0.0), {"ratio": value}), batch([1.0] * 100_000))] * 3)
-    assert token_means(sums)["ratio"] == pytest.approx(float(torch.tensor(0.1)), rel=1e-12)
+    sums = sums_of([(LossOutput(torch.tensor(0.0), {"ratio": value}), batch([1.0] * 100_000))] * 3)
+    assert means_of(sums)["ratio"] == pytest.approx(float(torch.tensor(0.1)), rel=1e-12)

@@ -11,7 +11,7 @@ import torch
 from fastrl.algorithms import presets
 from fastrl.losses.kl import KL, k1
 from fastrl.ops.linear_logprob import linear_logprob
-from fastrl.train import prepare as prepare_module
+from fastrl.train import logprob as logprob_module
 from fastrl.train.config import KernelsBlock
 from fastrl.train.prepare import cut_into_steps, needs_every_token, prepare
 from tests.algorithms.algorithms import NAMED
@@ -207,7 +207,7 @@ def test_passes_without_gradient_use_the_backend_and_chunks_of_the_run(
         asked.append((options["backend"], options["chunk_rows"]))
         return linear_logprob(*args, **options)
 
-    monkeypatch.setattr(prepare_module, "linear_logprob", spy)
+    monkeypatch.setattr(logprob_module, "linear_logprob", spy)
     algorithm = presets.grpo(beta=0.1)
     prepare(
         algorithm,

@@ -32,9 +32,9 @@ def stepped(seed: int) -> MasterAdamW:
 
 def test_everything_comes_back_bit_for_bit(directory: RunDirectory) -> None:
     optimizer = stepped(0)
-    save(directory, HALFWAY, optimizer, {"metrics.jsonl": 99}, keep=None)
+    save(directory, HALFWAY, {"optimizer": optimizer}, {"metrics.jsonl": 99}, keep=None)
     fresh = stepped(1)
-    progress, offsets = restore(directory, fresh, resume="auto")
+    progress, offsets = restore(directory, {"optimizer": fresh}, resume="auto")
     assert progress == HALFWAY
     assert offsets == {"metrics.jsonl": 99}
     expected, got = optimizer.state_dict(), fresh.state_dict()
@@ -46,17 +46,24 @@ def test_a_fresh_start_knows_nothing_and_touches_nothing(directory: RunDirectory
     optimizer = stepped(0)
     before = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
     for resume in (None, "auto"):
-        assert restore(directory, optimizer, resume=resume) == (Progress(), {})
+        assert restore(directory, {"optimizer": optimizer}, resume=resume) == (Progress(), {})
     assert all(torch.equal(before[name], tensor) for name, tensor in optimizer.state_dict().items())
 
 
 def test_a_step_is_saved_once_and_only_the_newest_are_kept(directory: RunDirectory) -> None:
     optimizer = stepped(0)
-    save(directory, HALFWAY, optimizer, {}, keep=2)
+    save(directory, HALFWAY, {"optimizer": optimizer}, {}, keep=2)
     manifest = (directory.path / "checkpoint-3" / "manifest.json").stat().st_mtime_ns
-    save(directory, HALFWAY, optimizer, {"changed": 1}, keep=2)
+    save(directory, HALFWAY, {"optimizer": optimizer}, {"changed": 1}, keep=2)
     assert (directory.path / "checkpoint-3" / "manifest.json").stat().st_mtime_ns == manifest
     for step in (4, 5):
-        save(directory, Progress(step=step), optimizer, {}, keep=2)
+        save(directory, Progress(step=step), {"optimizer": optimizer}, {}, keep=2)
     assert sorted(path.name for path in directory.path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
-    assert restore(directory, optimizer, resume=str(directory.path / "checkpoint-5"))[0].step == 5
+    assert restore(directory, {"optimizer": optimizer}, resume=str(directory.path / "checkpoint-5"))[0].step == 5
+
+
+def test_a_checkpoint_of_other_states_is_refused_by_name(directory: RunDirectory) -> None:
+    optimizer = stepped(0)
+    save(directory, Progress(step=1), {"optimizer": optimizer}, {}, keep=None)
+    with pytest.raises(ValueError, match="holds the state of optimizer, and this run has critic, optimizer"):
+        restore(directory, {"optimizer": optimizer, "critic": stepped(1)}, resume="auto")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastrl.algorithms import policy_loss_from_logprob, presets
-from fastrl.data.pack import pack, unpack
+from fastrl.data.pack import TokenSequence, pack, unpack
 from fastrl.train import prepare as prepare_module
 from fastrl.train.config import KernelsBlock
 from fastrl.train.guards import NonFiniteError
@@ -20,7 +20,7 @@ from fastrl.train.model import model_head
 from fastrl.train.optimizer import MasterAdamW
 from fastrl.train.prepare import StepSequences, trained_stats
 from fastrl.train.sequences import supervised_sequence
-from fastrl.train.update import mean_loss, supervised_batch_loss, update
+from fastrl.train.update import mean_loss, policy_batch_loss, supervised_batch_loss, update
 from tests.algorithms.algorithms import NAMED
 from tests.train.rounds import CONFIG, KERNELS, VOCABULARY, assert_same_learning, learned, make_model, make_step
 
@@ -110,12 +110,10 @@ def test_without_a_micro_batch_nothing_moves() -> None:
     before = [parameter.clone() for parameter in model.parameters()]
     optimizer = MasterAdamW(model, weight_decay=0.1)
     metrics = update(
-        model,
         optimizer,
-        supervised_batch_loss(KERNELS, label_smoothing=0.0),
+        supervised_batch_loss(model, KERNELS, label_smoothing=0.0),
         [],
         CONFIG,
-        temperature=1.0,
         lr=1.0,
         step=1,
     )
@@ -160,11 +158,11 @@ def test_the_supervised_loss_is_the_mean_over_trained_tokens_under_any_split(
     sequences = [supervised_sequence(ids, is_trained, weight=1 / count) for ids, is_trained in rows(9)]
     batches = pack(sequences, token_budget=token_budget)
     assert (len(batches) == 1) == (token_budget == 4096)
-    batch_loss = supervised_batch_loss(KERNELS, label_smoothing=smoothing)
-    assert mean_loss(model, batch_loss, batches)["loss"] == pytest.approx(expected.item(), rel=1e-6)
+    batch_loss = supervised_batch_loss(model, KERNELS, label_smoothing=smoothing)
+    assert mean_loss(batch_loss, batches)["loss"] == pytest.approx(expected.item(), rel=1e-6)
     optimizer = MasterAdamW(model)
     monkeypatch.setattr(optimizer, "zero_grad", lambda: None)
-    metrics = update(model, optimizer, batch_loss, batches, CONFIG, temperature=1.0, lr=0.0, step=1)
+    metrics = update(optimizer, batch_loss, batches, CONFIG, lr=0.0, step=1)
     assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-6)
     for got, want in zip(optimizer.gradients().values(), gradients, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-8)
@@ -178,12 +176,10 @@ def test_a_gradient_that_is_not_finite_moves_nothing(policy: Any, monkeypatch: p
     batches = pack([supervised_sequence([1, 2, 3], [False, True, True], weight=0.5)], token_budget=8)
     run = partial(
         update,
-        model,
         MasterAdamW(model),
-        supervised_batch_loss(KERNELS, label_smoothing=0.0),
+        supervised_batch_loss(model, KERNELS, label_smoothing=0.0),
         batches,
         replace(CONFIG, on_nonfinite=policy),
-        temperature=1.0,
         lr=1.0,
         step=7,
     )
@@ -198,8 +194,8 @@ def test_a_gradient_that_is_not_finite_moves_nothing(policy: Any, monkeypatch: p
 def test_the_temperature_divides_the_logits_of_the_loss() -> None:
     model = make_model()
     ids = [3, 1, 4, 1, 5]
-    batches = pack([supervised_sequence(ids, [False] + [True] * 4, weight=0.25)], token_budget=8)
-    logp = (model(input_ids=torch.tensor([ids])).logits[0] / 0.5).log_softmax(-1)
-    expected = -sum(logp[t - 1, ids[t]].item() for t in range(1, 5)) / 4
-    loss = mean_loss(model, supervised_batch_loss(KERNELS, label_smoothing=0.0), batches, temperature=0.5)["loss"]
-    assert loss == pytest.approx(expected, rel=1e-6)
+    step = TokenSequence(ids, [0.0] + [0.25] * 4, advantage=[1.0] * 5, sampler_logprob=[0.0] * 5)
+    logp = (model(input_ids=torch.tensor([ids])).logits[0, :4] / 0.5).log_softmax(-1)
+    loss = policy_batch_loss(model, presets.grpo(), KERNELS, temperature=0.5)
+    entropy = mean_loss(loss, pack([step], token_budget=8))["entropy"]
+    assert entropy == pytest.approx(-(logp.exp() * logp).sum(-1).mean().item(), rel=1e-6)

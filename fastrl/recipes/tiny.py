@@ -1,0 +1,118 @@
+"""Makes what `tiny:NAME` stands for: models and data files of the sorting task, under runs/tiny, once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastrl.recipes import sorting
+from fastrl.train.tiny_files import FILES, MODELS, PREFIX, is_tiny
+
+FOLDER = Path("runs/tiny")
+N_TRAIN, N_HELD_OUT = 4000, 250
+
+RowMaker = Callable[[str, random.Random], dict[str, Any]]
+Config = TypeVar("Config")
+
+
+def with_tiny(config: Config) -> Config:
+    """The configuration with a path in place of each `tiny:NAME`; what is not there yet is made now."""
+    changes: dict[str, Any] = {}
+    for field in fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        if is_tiny(value):
+            changes[field.name] = str(made(value.removeprefix(PREFIX)))
+        elif isinstance(value, tuple) and any(map(is_tiny, value)):
+            changes[field.name] = tuple(str(made(v.removeprefix(PREFIX))) if is_tiny(v) else v for v in value)
+        elif is_dataclass(value):
+            changes[field.name] = with_tiny(value)
+    return replace(config, **changes)  # type: ignore[type-var]
+
+
+def made(name: str) -> Path:
+    """The path of a model or data file; it is made when it is not there, whole or not at all."""
+    path = FOLDER / _digest() / (name if name in MODELS else f"{name}.jsonl")
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        fresh = Path(scratch) / path.name
+        if name in MODELS:
+            MAKE_MODEL[name](fresh)
+        else:
+            _write_rows(name, fresh)
+        if not path.exists():
+            fresh.rename(path)
+    return path
+
+
+def _make_base(folder: Path) -> None:
+    sorting.make_base_model(folder, seed=0)
+
+
+def _make_warm(folder: Path) -> None:
+    from fastrl.recipes import sft
+
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Path(scratch) / "sft"
+        code = sft.run(sorting.sft_config(made("base"), run, made("sft"), seed=0))
+        assert code == 0, "nobody may interrupt a run of a few seconds but the user"
+        shutil.move(run / "model", folder)
+
+
+def _sft(question: str, generator: random.Random) -> dict[str, Any]:
+    return sorting.supervised_row(question)
+
+
+def _prompts(question: str, generator: random.Random) -> dict[str, Any]:
+    return sorting.prompt_row(question)
+
+
+def _preference(question: str, generator: random.Random) -> dict[str, Any]:
+    """Sorted digits against sorted digits of which two different ones have changed places."""
+    chosen = sorting.answer(question)
+    return {
+        "prompt": sorting.prompt_row(question)["prompt"],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": swapped(chosen, generator)}],
+    }
+
+
+def swapped(digits: str, generator: random.Random) -> str:
+    """The digits with two different ones exchanged; a number of one digit six times gets another last digit."""
+    places = [(i, j) for i in range(len(digits)) for j in range(i) if digits[i] != digits[j]]
+    if not places:
+        return digits[:-1] + str((int(digits[-1]) + 1) % 10)
+    i, j = generator.choice(places)
+    changed = list(digits)
+    changed[i], changed[j] = changed[j], changed[i]
+    return "".join(changed)
+
+
+MAKE_MODEL: dict[str, Callable[[Path], None]] = {"base": _make_base, "warm": _make_warm}
+MAKE_ROW: dict[str, RowMaker] = {"sft": _sft, "prompts": _prompts, "preference": _preference}
+assert MAKE_MODEL.keys() == MODELS.keys()
+assert MAKE_ROW.keys() == FILES.keys()
+
+
+def _write_rows(name: str, path: Path) -> None:
+    """Rows of N_TRAIN questions, or of the N_HELD_OUT that no training file has."""
+    kind = name.removesuffix("_held_out")
+    numbers = random.Random(0).sample(range(10**sorting.DIGITS), N_TRAIN + N_HELD_OUT)
+    chosen = numbers[:N_TRAIN] if kind == name else numbers[N_TRAIN:]
+    generator = random.Random(name)
+    rows = [MAKE_ROW[kind](f"{number:0{sorting.DIGITS}d}", generator) for number in chosen]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _digest() -> str:
+    """Changes with the code that makes the files, so that files of older code are not used."""
+    sources = (Path(__file__), Path(sorting.__file__))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]

@@ -1,0 +1,29 @@
+"""What a run is: frozen records with TRL's field names where the meaning is the same, ours in nested blocks.
+
+Nothing here imports torch: a wrong key is refused before anything heavy is loaded. Cross-field rules live in
+`fastrl.train.validate`. `None` in an algorithm's field means "as the preset says".
+"""
+
+from fastrl.train.config.blocks import DataBlock, KernelsBlock, PackingBlock, ReportBlock, RolloutBlock
+from fastrl.train.config.grpo import DynamicSamplingBlock, GRPOConfig, OverlongBlock, SamplerCorrectionBlock
+from fastrl.train.config.inference import DemoConfig, EvalConfig, GenerateConfig, InferenceConfig
+from fastrl.train.config.sft import SFTConfig
+from fastrl.train.config.training import TrainConfig
+
+__all__ = [
+    "DataBlock",
+    "DemoConfig",
+    "DynamicSamplingBlock",
+    "EvalConfig",
+    "GRPOConfig",
+    "GenerateConfig",
+    "InferenceConfig",
+    "KernelsBlock",
+    "OverlongBlock",
+    "PackingBlock",
+    "ReportBlock",
+    "RolloutBlock",
+    "SFTConfig",
+    "SamplerCorrectionBlock",
+    "TrainConfig",
+]

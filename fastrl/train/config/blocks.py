@@ -1,0 +1,85 @@
+"""The nested blocks that several recipes share: what is ours and not TRL's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataBlock:
+    """How rows become token sequences.
+
+    Attributes:
+        columns: new name -> name in the file, applied before anything else (`{prompt: question}`).
+        prompt_template: Python format string over the row's columns that makes the prompt, for rows without one.
+        completion_template: the same for the completion (SFT).
+        system_prompt: put before the first message of each conversation.
+        chat_template: a file with a Jinja template that replaces the tokenizer's.
+        apply_chat_template: render plain prompts as one user message too.
+        max_rows: use only the first rows of the file.
+        skip_bad_rows: write refused rows to `rejected.jsonl` in output_dir and go on.
+    """
+
+    columns: dict[str, str] = field(default_factory=dict)
+    prompt_template: str | None = None
+    completion_template: str | None = None
+    system_prompt: str | None = None
+    chat_template: str | None = None
+    apply_chat_template: bool = False
+    max_rows: int | None = None
+    skip_bad_rows: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackingBlock:
+    """How sequences are cut into micro-batches. It changes speed and memory, never the result.
+
+    Attributes:
+        token_budget: most tokens of one packed micro-batch.
+    """
+
+    token_budget: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutBlock:
+    """How completions are sampled.
+
+    Attributes:
+        batch_size: most prompts decoded together by the built-in engine.
+        max_prompt_length: prompts with more tokens are refused; None allows what the model's context holds.
+    """
+
+    batch_size: int = 256
+    max_prompt_length: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelsBlock:
+    """Which implementation of the ops runs.
+
+    Attributes:
+        backend: "torch", "native" or "triton" for all that is computed over the head; None lets each op choose.
+        chunk_rows: rows of the head's logits alive at once; None chooses by a memory budget.
+        skip_tolerance: share of the gradient that certified skipping may leave out; 0 is exact.
+    """
+
+    backend: Literal["reference", "torch", "triton"] | None = None
+    chunk_rows: int | None = None
+    skip_tolerance: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportBlock:
+    """What a run shows.
+
+    Attributes:
+        panel: draw the live terminal panel when the output is a terminal.
+        log_completions: rollouts per logged step written to completions.jsonl.
+        to: extra trackers.
+    """
+
+    panel: bool = True
+    log_completions: int = 4
+    to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()

@@ -1,0 +1,62 @@
+"""What every recipe with an optimizer makes from its configuration in the same way."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from fastrl.report.journal import Journal
+from fastrl.train.config import TrainConfig
+from fastrl.train.device import compute_dtype, pick_device
+from fastrl.train.model import load_model, load_tokenizer
+from fastrl.train.optimizer import MasterAdamW
+from fastrl.train.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def tokenizer_of(config: TrainConfig) -> PreTrainedTokenizerBase:
+    """Read the tokenizer beside the model, with the chat template the run names."""
+    return load_tokenizer(
+        config.model_name_or_path, chat_template=config.data.chat_template, trust_remote_code=config.trust_remote_code
+    )
+
+
+def model_of(config: TrainConfig, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
+    """Read the causal language model that the run starts from.
+
+    Args:
+        gradient_checkpointing: for the model that trains; a frozen copy keeps no activations in any case.
+    """
+    return load_model(
+        config.model_name_or_path,
+        dtype=compute_dtype(config.dtype),
+        device=pick_device(config.device),
+        attn_implementation=config.attn_implementation,
+        gradient_checkpointing=gradient_checkpointing,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def optimizer_of(config: TrainConfig, model: nn.Module) -> MasterAdamW:
+    """AdamW over the parameters of `model` that require a gradient."""
+    return MasterAdamW(
+        model,
+        betas=(config.adam_beta1, config.adam_beta2),
+        epsilon=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+
+
+def journal_of(config: TrainConfig, directory: RunDirectory, *, title: str, total_steps: int) -> Journal:
+    """The run's log, which the caller opens with `with`."""
+    return Journal(
+        directory.path,
+        title=title,
+        total_steps=total_steps,
+        live=config.report.panel,
+        trackers=config.report.to,
+        config=asdict(config),
+    )

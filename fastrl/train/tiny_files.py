@@ -1,0 +1,38 @@
+"""Names of what is made on the spot: `tiny:NAME` stands for a model directory or a data file of the sorting task.
+
+With them every recipe can be tried without downloading anything: `--model_name_or_path tiny:warm --train_dataset
+tiny:preference`. `fastrl.recipes.tiny` makes them, after the configuration has been checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+
+PREFIX = "tiny:"
+
+# name -> what it is; each data file also exists as NAME_held_out, with other questions.
+MODELS = {
+    "base": "a Qwen3 of 0.1 M parameters with random weights, and its tokenizer",
+    "warm": "base after 60 steps of SFT: sorts some of the numbers",
+}
+FILES = {
+    "sft": "prompt and completion: six digits, and the digits sorted",
+    "prompts": "prompt and answer, for rewards such as exact_match",
+    "preference": "prompt, chosen (sorted) and rejected (two digits changed places)",
+}
+
+
+def is_tiny(value: object) -> bool:
+    """Whether a value of a configuration is made on the spot."""
+    return isinstance(value, str) and value.startswith(PREFIX)
+
+
+def tiny_problem(key: str, value: str, known: dict[str, str]) -> Iterator[str]:
+    """One line when `value` names nothing of `known`, which is MODELS or FILES."""
+    name = value.removeprefix(PREFIX)
+    if name in known or (known is FILES and name.removesuffix("_held_out") in FILES):
+        return
+    meant = get_close_matches(name, known, n=1)
+    guess = f" (did you mean {PREFIX}{meant[0]}?)" if meant else ""
+    yield f"{key}: {value} is not known; expected one of {', '.join(PREFIX + each for each in known)}{guess}"
