@@ -156,7 +156,11 @@ def _audited_product(tile: ProductTile, targets: tuple[str, ...], number: str, *
     constexprs |= {"UPCAST": False, "PRECISION": "ieee", "EVEN_D": True} | options
     constexprs |= {"BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d, "GROUP": tile.group}
     types = {"hidden_ptr": f"*{number}", "weight_ptr": f"*{number}", "target_ptr": "*i64", "D": "i32:16"}
-    return audited(_product_partials, types, constexprs, tile.num_warps, tile.num_stages, targets)
+    # NVIDIA's tensor cores have no float32 without rounding.
+    tensor_core = number != "fp32" or constexprs["PRECISION"] == "tf32"
+    return audited(
+        _product_partials, types, constexprs, tile.num_warps, tile.num_stages, targets, tensor_core=tensor_core
+    )
 
 
 _EVERY_OPTION = {"bias_ptr": "*", "temperature_ptr": "*", "INNER": 0.5, "WITH_MEAN": True, "EVEN_D": False}

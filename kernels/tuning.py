@@ -65,7 +65,7 @@ ROWS: dict[str, RowTile] = {
 }
 # Of `token_gradient`, which carries nothing from block to block; until it is measured, the same.
 GRADIENT_ROWS: dict[str, RowTile] = dict(ROWS)
-FLOAT64_BLOCK_V = 1024  # wider ones do not fit a thread's registers
+FLOAT64_BLOCK_V, FLOAT64_WARPS = 1024, 4  # wider ones do not fit a thread's registers
 COMBINE = CombineTile(32, 16, 4)
 # 16-bit operands; the tile of float32 operands, which a GPU multiplies without tensor cores, is PRODUCT_FLOAT32.
 PRODUCTS: dict[str, ProductTile] = {
@@ -117,8 +117,13 @@ def _device_architecture(index: int) -> str:
 def row_tile(logits: Tensor, table: dict[str, RowTile]) -> RowTile:
     """Tile for a chunk of logits from ROWS or GRADIENT_ROWS; no wider than a row needs, and narrow for float64."""
     tile = table[architecture(logits.device)]
-    most = FLOAT64_BLOCK_V if logits.dtype == torch.float64 else tile.block_v
-    return tile._replace(block_v=min(most, max(128, triton.next_power_of_2(logits.shape[1]))))
+    tile = _wide(tile) if logits.dtype == torch.float64 else tile
+    return tile._replace(block_v=min(tile.block_v, max(128, triton.next_power_of_2(logits.shape[1]))))
+
+
+def _wide(tile: RowTile) -> RowTile:
+    """The tile where statistics are float64."""
+    return tile._replace(block_v=min(tile.block_v, FLOAT64_BLOCK_V), num_warps=FLOAT64_WARPS)
 
 
 def memory_columns(rows: Tensor) -> int:
@@ -166,8 +171,7 @@ def row_tiles(table: dict[str, RowTile]) -> tuple[tuple[RowTile, tuple[str, ...]
 
 def wide_row_tiles(table: dict[str, RowTile]) -> tuple[tuple[RowTile, tuple[str, ...]], ...]:
     """For the audit: `row_tiles` for float64."""
-    narrow = (tile._replace(block_v=min(tile.block_v, FLOAT64_BLOCK_V)) for tile, _ in row_tiles(table))
-    return tuple((tile, targets) for tile, (_, targets) in zip(narrow, row_tiles(table), strict=True))
+    return row_tiles({name: _wide(tile) for name, tile in table.items()})
 
 
 def product_tiles() -> tuple[tuple[ProductTile, tuple[str, ...]], ...]:
@@ -193,6 +197,7 @@ def audited(
     targets: tuple[str, ...] = (),
     *,
     wide: bool = False,
+    tensor_core: bool = False,
 ) -> dict:
     """One entry of a file's AUDIT: a configuration its launcher may choose, as `triton.compile` wants it.
 
@@ -205,6 +210,7 @@ def audited(
         num_stages: of the compiler's own pipelining.
         targets: the chips that choose it; none means all.
         wide: statistics are f64.
+        tensor_core: the audit fails without such instructions.
     """
     given = {name: value for name, value in constexprs.items() if value != "*"}
     number = "*fp64" if wide else "*fp32"
@@ -213,4 +219,4 @@ def audited(
         for name in kernel.arg_names
     }
     entry = {"kernel": kernel, "signature": signature, "constexprs": given, "num_warps": num_warps}
-    return entry | {"num_stages": num_stages} | ({"targets": targets} if targets else {})
+    return entry | {"num_stages": num_stages, "tensor_core": tensor_core} | ({"targets": targets} if targets else {})

@@ -1,9 +1,9 @@
 """`fastrl kernels audit`: every listed configuration of every kernel, compiled for every chip; no GPU is needed.
 
 Each `kernels/*.py` lists in `AUDIT` what its launchers may choose: `kernel`, `signature`, `constexprs`, `num_warps`,
-`num_stages` and, where the launcher sets them, other compiler `options` and the only `targets` it runs on. A type may
-end in ":16" (divisible by 16); pointers are aligned, as torch's are. Compilation runs in worker processes with
-Triton's interpreter switched off.
+`num_stages` and, where they apply, other compiler `options`, the only `targets` it runs on, and `tensor_core` where
+the product must use such instructions. A type may end in ":16" (divisible by 16); pointers are aligned, as torch's
+are. Compilation runs in worker processes with Triton's interpreter switched off.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -45,35 +46,38 @@ TENSOR_CORE = re.compile(r"^\s*(?:@\S+\s+)?(mma\.sync|wgmma\.mma_async|tcgen05\.
 
 @dataclass(frozen=True, slots=True)
 class Audited:
-    """One configuration on one chip.
+    """One configuration on one chip; the numbers are None when it does not compile.
 
     Attributes:
-        module: file of kernels/ without its ending.
-        kernel: the device function.
-        configuration: its types, constants and warps.
+        kernel: file of kernels/ and device function, with a dot between them.
+        config: its types, constants and warps.
         target: key of TARGETS.
         registers: of a thread.
-        spills: bytes of a thread spilled, stores and loads (registers of a thread on AMD).
+        spills: bytes of a thread spilled to memory, stores and loads (on AMD registers of a thread).
+        shared_bytes: of a program.
         stack: bytes of a thread's local memory.
-        shared: bytes of a program's shared memory.
         tensor_core: instructions in the assembly.
         problem: why it fails the audit; None when it passes.
     """
 
-    module: str
     kernel: str
-    configuration: str
+    config: str
     target: str
-    registers: int = 0
-    spills: int = 0
-    stack: int = 0
-    shared: int = 0
-    tensor_core: int = 0
+    registers: int | None = None
+    spills: int | None = None
+    shared_bytes: int | None = None
+    stack: int | None = None
+    tensor_core: int | None = None
     problem: str | None = None
 
 
 def audit(
-    modules: Sequence[str] = (), targets: Sequence[str] = (), *, every: int = 1, jobs: int | None = None
+    modules: Sequence[str] = (),
+    targets: Sequence[str] = (),
+    *,
+    every: int = 1,
+    rotate: bool = False,
+    jobs: int | None = None,
 ) -> list[Audited]:
     """Compile and measure.
 
@@ -81,6 +85,7 @@ def audit(
         modules: files of kernels/ by name; all when empty.
         targets: keys of TARGETS; all when empty.
         every: take each n-th configuration of a file: a sample in place of the whole.
+        rotate: compile a configuration for one of its chips only, the next one for the next chip: a third of the work.
         jobs: worker processes; one per core by default.
 
     Returns:
@@ -90,19 +95,28 @@ def audit(
         ValueError: an unknown file or chip.
         RuntimeError: triton is not installed, or a worker died.
     """
+    jobs = jobs or os.cpu_count() or 1
+    task = {**_choice(modules, targets), "every": every, "rotate": rotate, "jobs": jobs}
+    with ThreadPoolExecutor(jobs) as pool:
+        parts = list(pool.map(lambda job: _worker(json.dumps({**task, "job": job})), range(jobs)))
+    found = [record for part in parts for record in part]
+    return [Audited(**record) for _, record in sorted(found, key=lambda pair: pair[0])]
+
+
+def listed(modules: Sequence[str] = (), targets: Sequence[str] = ()) -> list[Audited]:
+    """What `audit` would compile, without numbers; raises as it does."""
+    return [_named(*x) for x in _everything({**_choice(modules, targets), "every": 1, "rotate": False})]
+
+
+def _choice(modules: Sequence[str], targets: Sequence[str]) -> dict[str, list[str]]:
     if find_spec("triton") is None:
-        raise RuntimeError("fastrl kernels audit needs the module 'triton', which is not installed")
+        raise RuntimeError("the kernels need the module 'triton', which is not installed")
     chosen = list(modules) or known_modules()
     for kind, names, known in (("kernel file", chosen, known_modules()), ("target", targets, TARGETS)):
         unknown = [name for name in names if name not in known]
         if unknown:
             raise ValueError(f"there is no {kind} {unknown[0]!r}; there are {', '.join(known)}")
-    jobs = jobs or os.cpu_count() or 1
-    task = {"modules": chosen, "targets": list(targets) or list(TARGETS), "every": every, "jobs": jobs}
-    with ThreadPoolExecutor(jobs) as pool:
-        parts = list(pool.map(lambda job: _worker(json.dumps({**task, "job": job})), range(jobs)))
-    found = [record for part in parts for record in part]
-    return [Audited(**record) for _, record in sorted(found, key=lambda pair: pair[0])]
+    return {"modules": chosen, "targets": list(targets) or list(TARGETS)}
 
 
 def known_modules() -> list[str]:
@@ -126,14 +140,24 @@ def _worker(task: str) -> list[tuple[int, dict[str, Any]]]:
 
 def _work(task: Mapping[str, Any]) -> None:
     """In the worker: compile this job's share and print a line of JSON for each."""
-    everything = [
-        (module, entry, target)
-        for module, entry in _entries(task["modules"], task["every"])
-        for target in task["targets"]
-        if target in entry.get("targets", TARGETS)
-    ]
+    everything = _everything(task)
     for place in range(task["job"], len(everything), task["jobs"]):
         print(json.dumps([place, asdict(_audited(*everything[place]))]), flush=True)
+
+
+def _everything(task: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
+    """File, entry and target of each compilation."""
+    found = []
+    entries_of: Counter[str] = Counter()
+    for module, entry in _entries(task["modules"], task["every"]):
+        place = entries_of[entry["kernel"].__name__]
+        entries_of[entry["kernel"].__name__] += 1
+        targets = [target for target in task["targets"] if target in entry.get("targets", TARGETS)]
+        if task["rotate"] and targets:
+            # The second term breaks step with options that alternate in the lists.
+            targets = [targets[(place + place // len(targets)) % len(targets)]]
+        found += [(module, entry, target) for target in targets]
+    return found
 
 
 def _entries(modules: Sequence[str], every: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -143,9 +167,12 @@ def _entries(modules: Sequence[str], every: int) -> Iterator[tuple[str, Mapping[
             yield module, entry
 
 
+def _named(module: str, entry: Mapping[str, Any], target: str) -> Audited:
+    return Audited(f"{module}.{entry['kernel'].__name__}", _configuration(entry), target)
+
+
 def _audited(module: str, entry: Mapping[str, Any], target: str) -> Audited:
-    kernel = entry["kernel"]
-    named = Audited(module, kernel.__name__, _configuration(entry), target)
+    named = _named(module, entry, target)
     try:
         compiled = _compiled(entry, TARGETS[target])
     except Exception as error:  # what the compiler raises is the finding, whatever its type
@@ -158,7 +185,9 @@ def _audited(module: str, entry: Mapping[str, Any], target: str) -> Audited:
         problems.append(f"spills {measured['spills']}")
     if shared > limit:
         problems.append(f"{shared} bytes of shared memory, the chip has {limit}")
-    return _with(named, **measured, shared=shared, problem="; ".join(problems) or None)
+    if entry.get("tensor_core") and not measured["tensor_core"]:
+        problems.append("a product without tensor-core instructions")
+    return _with(named, **measured, shared_bytes=shared, problem="; ".join(problems) or None)
 
 
 def _with(record: Audited, **changes: Any) -> Audited:
@@ -216,10 +245,13 @@ def _of_nvidia(compiled: Any, target: str) -> dict[str, int]:
 
 def _of_amd(assembly: str) -> dict[str, int]:
     """What the metadata at the end of the assembly says."""
+    stack = _sum(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
+    # Without a stack a spilled scalar sits in a lane of a vector register, not in memory.
+    spilled = r"\.[sv]gpr_spill_count" if stack else r"\.vgpr_spill_count"
     return {
         "registers": _sum(r"\.vgpr_count:\s+(\d+)", assembly),
-        "spills": _sum(r"\.[sv]gpr_spill_count:\s+(\d+)", assembly),
-        "stack": _sum(r"\.private_segment_fixed_size:\s+(\d+)", assembly),
+        "spills": _sum(rf"{spilled}:\s+(\d+)", assembly),
+        "stack": stack,
         "tensor_core": len(TENSOR_CORE.findall(assembly)),
     }
 

@@ -1,14 +1,17 @@
 """`fastrl kernels check`: every op on every backend of this device, value and gradient, against float64.
 
 The rule is that of the tests: an implementation may err as much as the specification does in the same precision, plus
-a slack. Shapes are small on a CPU and real on a GPU.
+a slack. Shapes are small on a CPU and real on a GPU. What agrees is timed, forward and backward, beside the bare
+matrix products of the same inputs where there are such.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +32,7 @@ from fastrl.ops.backend import BACKENDS
 from fastrl.testing import ValueAndGrads, double, error, linear_logprob_inputs, magnitude, value_and_grads
 
 SLACK = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-3}  # of the largest true number, at least of 1
+REPEATS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,7 @@ class Case:
         inputs: (device, dtype) -> inputs; sizes depend on the device.
         differentiable: places of the inputs that get a gradient.
         dtypes: of the inputs.
+        floor: inputs -> the matrix products that forward and backward make of them; None where there are none.
     """
 
     op: str
@@ -48,6 +53,7 @@ class Case:
     inputs: Callable[[str, torch.dtype], tuple[Any, ...]]
     differentiable: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
+    floor: Callable[..., object] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,8 @@ class Checked:
         shapes: of the inputs.
         error: largest absolute error of the tensor that comes nearest to its limit; None when it cannot run here.
         allowed: that tensor's limit.
+        milliseconds: of forward and backward, the median; None unless it agrees.
+        floor_fraction: time of the bare matrix products over that time; None where there are no products.
         cannot_run: the reason; None when it ran.
         problem: disagreement or failure; None when it passes.
     """
@@ -71,6 +79,8 @@ class Checked:
     shapes: str
     error: float | None = None
     allowed: float | None = None
+    milliseconds: float | None = None
+    floor_fraction: float | None = None
     cannot_run: str | None = None
     problem: str | None = None
 
@@ -83,13 +93,30 @@ def check(device: str, cases: Sequence[Case] | None = None) -> Iterator[Checked]
             run = partial(_run, case, inputs)
             naive, truth = run("reference"), _run(case, double(inputs), "reference")
             shapes = " ".join(str(list(x.shape)) for x in inputs if isinstance(x, Tensor)).replace(" ", "")
+            floor = None if case.floor is None else _milliseconds(partial(case.floor, *inputs), device)
             for backend in BACKENDS[1:]:
                 named = Checked(case.op, backend, str(dtype).removeprefix("torch."), shapes)
-                yield _judged(named, partial(run, backend), naive, truth, SLACK[dtype])
+                judged = _judged(named, partial(run, backend), naive, truth, SLACK[dtype])
+                if judged.error is not None and judged.problem is None:
+                    spent = _milliseconds(partial(run, backend), device)
+                    judged = replace(judged, milliseconds=spent, floor_fraction=floor and floor / spent)
+                yield judged
 
 
 def _run(case: Case, inputs: tuple[Any, ...], backend: str) -> ValueAndGrads:
     return value_and_grads(partial(case.call, backend=backend), *inputs, differentiable=case.differentiable)
+
+
+def _milliseconds(run: Callable[[], object], device: str) -> float:
+    """Median of a few calls after one that warms up."""
+    spent = []
+    for _ in range(1 + REPEATS):
+        begin = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        spent.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(spent[1:])
 
 
 def _judged(
@@ -170,6 +197,11 @@ def _groups(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 # Calls
 
 
+def _three_products(hidden: Tensor, weight: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+    logits = hidden @ weight.T
+    return logits @ weight, logits.T @ hidden
+
+
 def _token_loss(hidden: Tensor, weight: Tensor, target: Tensor, *, backend: str) -> Tensor:
     def loss_fn(logprob: Tensor, entropy: Tensor, rows: Tensor) -> Tensor:
         return -logprob.clamp(min=-9.0) * (rows % 3 - 1) - 0.01 * entropy
@@ -206,10 +238,11 @@ def _objective(
 
 
 HEAD_DTYPES = (torch.float32, torch.bfloat16)
+HEAD = (_head, (0, 1), HEAD_DTYPES, _three_products)
 CASES = (
-    Case("linear_logprob", partial(linear_logprob, temperature=0.7), _head, (0, 1), HEAD_DTYPES),
-    Case("linear_token_loss", _token_loss, _head, (0, 1), HEAD_DTYPES),
-    Case("linear_cross_entropy", partial(linear_cross_entropy, label_smoothing=0.1), _head, (0, 1), HEAD_DTYPES),
+    Case("linear_logprob", partial(linear_logprob, temperature=0.7), *HEAD),
+    Case("linear_token_loss", _token_loss, *HEAD),
+    Case("linear_cross_entropy", partial(linear_cross_entropy, label_smoothing=0.1), *HEAD),
     Case("logits_logprob", partial(logits_logprob, temperature=0.7), _logits, (0,), HEAD_DTYPES),
     Case("token_objective", _objective, _columns, (0, 6)),
     Case("group_advantage", group_advantage, _groups, ()),

@@ -1,32 +1,38 @@
-"""`fastrl kernels audit|check`: tables for people, JSON for programs, exit code 1 for a finding."""
+"""`fastrl kernels list|audit|check`: tables for people, JSON for programs, exit code 1 for a finding.
+
+Needs nothing but torch and triton, so that a machine without network can use it.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastrl.command.settings import Refused
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from fastrl.command.kernel_audit import Audited
     from fastrl.command.kernel_check import Checked
 
-USAGE = """usage: fastrl kernels audit [FILE ...] [--targets sm_90 ...] [--every N] [--json]
+USAGE = """usage: fastrl kernels list [FILE ...] [--targets sm_90 ...] [--json]
+       fastrl kernels audit [FILE ...] [--targets sm_90 ...] [--every N] [--rotate] [--json]
        fastrl kernels check [--device cpu|cuda] [--json]
 
-audit  compile every listed configuration of kernels/*.py for every chip, without a GPU; fails on a spill, on more
-       shared memory than the chip has, and on what does not compile. --every N takes each N-th configuration.
-check  compare value and gradient of every op on every backend of this device with float64."""
-WIDTH = 200  # a pipe has no width of its own: enough for the longest row
+list   every kernel of kernels/*.py, its configurations and the chips it is compiled for.
+audit  compile every configuration for every chip, without a GPU; fails on a spill, on more shared memory than the
+       chip has, on a 16-bit product without tensor-core instructions, and on what does not compile. --every N takes
+       each N-th configuration, --rotate compiles each for one of its chips.
+check  compare value and gradient of every op on every backend of this device with float64; time them, and say what
+       fraction of that time the bare matrix products take."""
+
+SWITCHES = {"--json", "--rotate"}
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one of the two commands.
+    """Run one of the three commands.
 
     Returns:
         exit code: 0 nothing found, 1 a finding, or the command cannot run here.
@@ -34,39 +40,72 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         Refused: wrong arguments.
     """
+    commands: dict[str, Callable[[Sequence[str]], int]] = {"list": _list, "audit": _audit, "check": _check}
     match list(arguments):
-        case ["audit", *rest] if not {"-h", "--help"} & set(rest):
-            return _audit(rest)
-        case ["check", *rest] if not {"-h", "--help"} & set(rest):
-            return _check(rest)
+        case [name, *rest] if name in commands and not {"-h", "--help"} & set(rest):
+            return commands[name](rest)
         case [*_, "-h" | "--help"]:
             print(USAGE)
             return 0
     raise Refused(USAGE)
 
 
-def _audit(arguments: Sequence[str]) -> int:
-    from fastrl.command.kernel_audit import TARGETS, audit
+def _list(arguments: Sequence[str]) -> int:
+    from fastrl.command.kernel_audit import listed
 
-    files, flags = _split(arguments, {"--targets", "--every", "--json"})
+    files, flags = _split(arguments, {"--targets", "--json"})
+    records = _asked(lambda: listed(files, flags.get("--targets", ())))
+    if records is None:
+        return 1
+    if "--json" in flags:
+        print(json.dumps([{key: getattr(x, key) for key in ("kernel", "config", "target")} for x in records], indent=2))
+        return 0
+    rows = []
+    for kernel in dict.fromkeys(record.kernel for record in records):
+        mine = [record for record in records if record.kernel == kernel]
+        targets = dict.fromkeys(record.target for record in mine)
+        rows.append([kernel, str(len({record.config for record in mine})), " ".join(targets)])
+    _print(["kernel", "configurations", "chips"], rows, numbers={1})
+    return 0
+
+
+def _audit(arguments: Sequence[str]) -> int:
+    from fastrl.command.kernel_audit import audit
+
+    files, flags = _split(arguments, {"--targets", "--every", "--rotate", "--json"})
     every = flags.get("--every", ["1"])
     if len(every) != 1 or not every[0].isdigit() or int(every[0]) < 1:
         raise Refused(f"--every: expected a whole number of at least 1, got {' '.join(every) or 'nothing'}")
-    targets = flags.get("--targets", list(TARGETS))
+    rotate = "--rotate" in flags
+    records = _asked(lambda: audit(files, flags.get("--targets", ()), every=int(every[0]), rotate=rotate))
+    if records is None:
+        return 1
+    failed = [record for record in records if record.problem]
+    if "--json" in flags:
+        print(json.dumps([_measurements(record) for record in records], indent=2))
+    else:
+        header = ["kernel", "config", "target", "registers", "spills", "shared", "stack", "tensor core", "problem"]
+        rows = [[*_measurements(record).values(), record.problem or ""] for record in records]
+        _print(header, [["-" if x is None else str(x) for x in row] for row in rows], numbers=set(range(3, 8)))
+        print(f"{len(records)} compilations, {len(failed)} with a problem")
+    for record in failed:
+        print(f"{record.kernel} on {record.target}: {record.problem} ({record.config})", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _measurements(record: Audited) -> dict[str, Any]:
+    return {key: value for key, value in asdict(record).items() if key != "problem"}
+
+
+def _asked(command: Callable[[], list[Audited]]) -> list[Audited] | None:
+    """What the command returns; None, and a sentence on stderr, when it cannot run here."""
     try:
-        records = audit(files, targets, every=int(every[0]))
+        return command()
     except ValueError as error:
         raise Refused(str(error)) from error
     except RuntimeError as error:
-        print(f"kernels audit: {error}", file=sys.stderr)
-        return 1
-    failed = sum(record.problem is not None for record in records)
-    if "--json" in flags:
-        print(json.dumps([asdict(record) for record in records], indent=2))
-    else:
-        _print(_audit_table(records))
-        print(f"{len(records)} compilations, {failed} with a problem")
-    return 1 if failed else 0
+        print(f"fastrl kernels: {error}", file=sys.stderr)
+        return None
 
 
 def _check(arguments: Sequence[str]) -> int:
@@ -75,9 +114,10 @@ def _check(arguments: Sequence[str]) -> int:
     from fastrl.command.kernel_check import check
 
     files, flags = _split(arguments, {"--device", "--json"})
-    (device,) = flags.get("--device", ["cuda" if torch.cuda.is_available() else "cpu"])[:1] or [""]
-    if files or device not in ("cpu", "cuda"):
+    devices = flags.get("--device", ["cuda" if torch.cuda.is_available() else "cpu"])
+    if files or devices not in (["cpu"], ["cuda"]):
         raise Refused(USAGE)
+    (device,) = devices
     if device == "cuda" and not torch.cuda.is_available():
         raise Refused("--device cuda: torch sees no GPU here")
     records = list(check(device))
@@ -85,10 +125,19 @@ def _check(arguments: Sequence[str]) -> int:
     if "--json" in flags:
         print(json.dumps([asdict(record) for record in records], indent=2))
     else:
-        _print(_check_table(records))
+        shown = [x for x in records if x.cannot_run is None or "does not exist" not in x.cannot_run]
+        header = ["op", "backend", "dtype", "inputs", "error", "allowed", "ms", "of floor", ""]
+        _print(header, [_check_row(record) for record in shown], numbers=set(range(4, 8)))
         compared = sum(record.cannot_run is None for record in records)
         print(f"{compared} comparisons on {device}, {failed} with a problem")
     return 1 if failed else 0
+
+
+def _check_row(record: Checked) -> list[str]:
+    errors = ["-" if x is None else f"{x:.1e}" for x in (record.error, record.allowed)]
+    times = ["-" if x is None else f"{x:.2f}" for x in (record.milliseconds, record.floor_fraction)]
+    reason = (record.cannot_run or "ok").removeprefix(f"backend {record.backend!r} of {record.op} ")
+    return [record.op, record.backend, record.dtype, record.shapes, *errors, *times, record.problem or reason]
 
 
 def _split(arguments: Sequence[str], known: set[str]) -> tuple[list[str], dict[str, list[str]]]:
@@ -107,44 +156,15 @@ def _split(arguments: Sequence[str], known: set[str]) -> tuple[list[str], dict[s
             flags[next(reversed(flags))].append(argument)
         else:
             words.append(argument)
+    for name in SWITCHES & set(flags):
+        if flags[name]:
+            raise Refused(f"{name} takes no value, got '{flags[name][0]}'; files are named before the flags")
     return words, flags
 
 
-def _print(table: Table) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH
-    console.print(table)
-
-
-def _audit_table(records: Sequence[Audited]) -> Table:
-    from rich.table import Table
-
-    table = Table("kernel", "configuration", "target", box=None)
-    for column in ("registers", "spills", "stack", "shared", "tensor core"):
-        table.add_column(column, justify="right")
-    table.add_column("problem", style="red")
-    for record in records:
-        numbers = (record.registers, record.spills, record.stack, record.shared, record.tensor_core)
-        name = f"{record.module}.{record.kernel}"
-        table.add_row(name, record.configuration, record.target, *map(str, numbers), record.problem or "")
-    return table
-
-
-def _check_table(records: Sequence[Checked]) -> Table:
-    from rich.table import Table
-
-    table = Table("op", "backend", "dtype", "inputs", box=None)
-    table.add_column("error", justify="right")
-    table.add_column("allowed", justify="right")
-    table.add_column("")
-    for record in records:
-        if record.cannot_run is not None and "does not exist" in record.cannot_run:
-            continue
-        numbers = ["-" if x is None else f"{x:.1e}" for x in (record.error, record.allowed)]
-        reason = (record.cannot_run or "ok").removeprefix(f"backend {record.backend!r} of {record.op} ")
-        said = f"[red]{record.problem}[/red]" if record.problem else f"[dim]{reason}[/dim]"
-        table.add_row(record.op, record.backend, record.dtype, record.shapes.replace("[", r"\["), *numbers, said)
-    return table
+def _print(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: set[int]) -> None:
+    """A table with two spaces between columns; those of `numbers` are flush right."""
+    widths = [max(len(row[k]) for row in (header, *rows)) for k in range(len(header))]
+    for row in (header, *rows):
+        cells = [x.rjust(n) if k in numbers else x.ljust(n) for k, (x, n) in enumerate(zip(row, widths, strict=True))]
+        print("  ".join(cells).rstrip())

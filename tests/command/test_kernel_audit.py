@@ -19,13 +19,15 @@ CLEAN = """
 """
 
 
-def audited(monkeypatch: pytest.MonkeyPatch, assembly: str, *, shared: int = 0) -> module.Audited:
+def audited(
+    monkeypatch: pytest.MonkeyPatch, assembly: str, *, shared: int = 0, tensor_core: bool = False
+) -> module.Audited:
     """The record of a kernel whose AMD assembly is given."""
 
     def kernel() -> None: ...
 
     entry = {"kernel": kernel, "signature": {"x_ptr": "*fp32", "N": "i32"}, "constexprs": {"BLOCK": 64}}
-    entry |= {"num_warps": 4, "num_stages": 2}
+    entry |= {"num_warps": 4, "num_stages": 2, "tensor_core": tensor_core}
     compiled = SimpleNamespace(asm={"amdgcn": assembly}, metadata=SimpleNamespace(shared=shared))
     monkeypatch.setattr(module, "_compiled", lambda *_: compiled)
     return module._audited("some_file", entry, "gfx942")
@@ -33,15 +35,45 @@ def audited(monkeypatch: pytest.MonkeyPatch, assembly: str, *, shared: int = 0) 
 
 def test_registers_stack_and_tensor_core_instructions_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     record = audited(monkeypatch, CLEAN, shared=512)
-    assert (record.registers, record.spills, record.stack, record.shared, record.tensor_core) == (70, 0, 0, 512, 1)
-    assert record.configuration == "fp32 BLOCK=64 4 warps 2 stages"
+    assert (record.registers, record.spills, record.stack, record.shared_bytes, record.tensor_core) == (
+        70,
+        0,
+        0,
+        512,
+        1,
+    )
+    assert record.kernel == "some_file.kernel"
+    assert record.config == "fp32 BLOCK=64 4 warps 2 stages"
     assert record.problem is None
 
 
-@pytest.mark.parametrize("line", [".vgpr_spill_count: 0", ".sgpr_spill_count: 0"])
-def test_a_spill_is_a_problem(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
-    record = audited(monkeypatch, CLEAN.replace(line, line.replace("0", "12")))
+def test_a_spill_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = audited(monkeypatch, CLEAN.replace(".vgpr_spill_count: 0", ".vgpr_spill_count: 12"))
     assert (record.spills, record.problem) == (12, "spills 12")
+
+
+def test_a_scalar_kept_in_a_vector_register_is_no_spill_and_one_in_memory_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    spilled = CLEAN.replace(".sgpr_spill_count: 0", ".sgpr_spill_count: 2")
+    assert audited(monkeypatch, spilled).problem is None
+    assert audited(monkeypatch, spilled.replace("segment_fixed_size: 0", "segment_fixed_size: 8")).spills == 2
+
+
+def test_a_product_without_tensor_core_instructions_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = CLEAN.replace("v_mfma", "v_fma")
+    assert audited(monkeypatch, slow).problem is None
+    assert audited(monkeypatch, slow, tensor_core=True).problem == "a product without tensor-core instructions"
+    assert audited(monkeypatch, CLEAN, tensor_core=True).problem is None
+
+
+def test_a_rotation_has_every_configuration_once_and_every_kernel_on_every_chip() -> None:
+    whole = module.listed()
+    entries = list(module._entries(known_modules(), 1))
+    task = {"modules": known_modules(), "targets": list(TARGETS), "every": 1, "rotate": True}
+    rotated = module._everything(task)
+    assert [id(entry) for _, entry, _ in rotated] == [id(entry) for _, entry in entries]
+    named = [module._named(*x) for x in rotated]
+    assert set(named) <= set(whole)
+    assert {(x.kernel, x.target) for x in named} == {(x.kernel, x.target) for x in whole}
 
 
 def test_more_shared_memory_than_the_chip_has_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

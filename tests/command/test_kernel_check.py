@@ -38,6 +38,8 @@ def test_a_wrong_gradient_disagrees_and_an_absent_backend_does_not(monkeypatch: 
     found = checked(monkeypatch, square)
     assert found["torch"].problem is None
     assert found["torch"].error == 0
+    assert found["torch"].milliseconds > 0
+    assert found["native"].milliseconds is None
     # d x^2 = 2 x with cotangents (-1, 1): -2 and 4; the wrong one gives -3 and 3.
     assert (found["native"].problem, found["native"].error) == ("disagrees", 1.0)
     assert found["triton"].cannot_run == "backend 'triton' of square does not exist"
@@ -51,6 +53,8 @@ def test_a_backend_that_fails_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> N
 def test_every_op_agrees_with_float64_on_every_backend_of_this_machine() -> None:
     records = list(check("cpu"))
     assert [record for record in records if record.problem] == []
+    products = {record.op for record in records if record.floor_fraction}
+    assert products == {"linear_logprob", "linear_token_loss", "linear_cross_entropy"}
     ran = {(record.op, record.backend) for record in records if record.error is not None}
     assert {(case.op, "torch") for case in CASES} <= ran
     assert ("reverse_scan", "triton") in ran  # interpreted in tests

@@ -12,15 +12,15 @@ from fastrl.command import kernel_audit, kernel_check
 from fastrl.command.kernel_audit import Audited
 from fastrl.command.kernel_check import Checked
 
-GOOD = Audited("gae", "_gae", "fp32 BLOCK=1024 4 warps 3 stages", "sm_90", registers=152, shared=512)
-BAD = Audited("gae", "_gae", "fp64 BLOCK=4096 4 warps 3 stages", "sm_90", spills=368, problem="spills 368")
+GOOD = Audited("gae._gae", "fp32 BLOCK=1024 4 warps 3 stages", "sm_90", 152, 0, 512, 0, 0)
+BAD = Audited("gae._gae", "fp64 BLOCK=4096 4 warps 3 stages", "sm_90", 255, 368, 512, 368, 0, "spills 368")
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch, *records: Audited) -> list[tuple[list[str], list[str], int]]:
+def stand_in(monkeypatch: pytest.MonkeyPatch, *records: Audited) -> list[tuple[list[str], list[str], int, bool]]:
     calls = []
 
-    def audit(files: Sequence[str], targets: Sequence[str], *, every: int) -> list[Audited]:
-        calls.append((list(files), list(targets), every))
+    def audit(files: Sequence[str], targets: Sequence[str], *, every: int, rotate: bool) -> list[Audited]:
+        calls.append((list(files), list(targets), every, rotate))
         return list(records)
 
     monkeypatch.setattr(kernel_audit, "audit", audit)
@@ -31,8 +31,8 @@ def test_the_audit_prints_a_row_each_and_succeeds_without_findings(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = stand_in(monkeypatch, GOOD)
-    assert main(["kernels", "audit", "gae", "--targets", "sm_90", "sm_80", "--every=3"]) == 0
-    assert calls == [(["gae"], ["sm_90", "sm_80"], 3)]
+    assert main(["kernels", "audit", "gae", "--targets", "sm_90", "sm_80", "--every=3", "--rotate"]) == 0
+    assert calls == [(["gae"], ["sm_90", "sm_80"], 3, True)]
     printed = capsys.readouterr().out
     assert "gae._gae" in printed
     assert "152" in printed
@@ -46,8 +46,23 @@ def test_a_finding_is_exit_code_1_in_text_and_in_json(
     assert main(["kernels", "audit"]) == 1
     assert "spills 368" in capsys.readouterr().out
     assert main(["kernels", "audit", "--json"]) == 1
-    good, bad = json.loads(capsys.readouterr().out)
-    assert (good["registers"], good["problem"], bad["problem"]) == (152, None, "spills 368")
+    printed = capsys.readouterr()
+    good, bad = json.loads(printed.out)
+    assert list(good.values()) == ["gae._gae", "fp32 BLOCK=1024 4 warps 3 stages", "sm_90", 152, 0, 512, 0, 0]
+    assert list(bad) == ["kernel", "config", "target", "registers", "spills", "shared_bytes", "stack", "tensor_core"]
+    assert printed.err == "gae._gae on sm_90: spills 368 (fp64 BLOCK=4096 4 warps 3 stages)\n"
+
+
+def test_the_list_names_every_kernel_and_its_chips(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kernels", "list", "reverse_scan", "--targets", "sm_90", "gfx942"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["kernel", "configurations", "chips"]
+    assert [row.split()[0] for row in rows] == ["reverse_scan._from_right", "reverse_scan._from_left"]
+    assert all(row.endswith("sm_90 gfx942") for row in rows)
+    assert main(["kernels", "list", "reverse_scan", "--json"]) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert set(records[0]) == {"kernel", "config", "target"}
+    assert {record["target"] for record in records} == set(kernel_audit.TARGETS)
 
 
 def test_the_check_fails_on_a_disagreement_and_hides_what_was_never_written(
@@ -69,12 +84,15 @@ def test_the_check_fails_on_a_disagreement_and_hides_what_was_never_written(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "usage: fastrl kernels audit"),
-        (["bake"], "usage: fastrl kernels audit"),
+        ([], "usage: fastrl kernels list"),
+        (["bake"], "usage: fastrl kernels list"),
+        (["list", "softmax"], "no kernel file 'softmax'"),
+        (["list", "--json", "gae"], "--json takes no value, got 'gae'"),
         (["audit", "--every", "0"], "--every: expected a whole number"),
         (["audit", "--fast"], "unknown flag '--fast'"),
         (["audit", "softmax"], "no kernel file 'softmax'"),
-        (["check", "--device", "tpu"], "usage: fastrl kernels audit"),
+        (["check", "--device", "tpu"], "usage: fastrl kernels list"),
+        (["check", "--device", "cpu", "cuda"], "usage: fastrl kernels list"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
