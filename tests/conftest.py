@@ -1,4 +1,4 @@
-"""Fresh memory is NaN in tests, so that a kernel which forgets to write an element cannot pass by luck."""
+"""Fresh memory is NaN (or True) in tests, so that a kernel which forgets an element cannot pass by luck."""
 
 from __future__ import annotations
 
@@ -17,18 +17,32 @@ import torch
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-def _nan_filled(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+# What torch itself allocates (results of its operators, `out=` tensors that grow) it also writes.
+ALLOCATORS = (
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (torch.Tensor, "new_empty"),
+    (torch.Tensor, "new_empty_strided"),
+)
+
+
+def _spoiled(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def filled(*args: object, **kwargs: object) -> torch.Tensor:
         fresh = make(*args, **kwargs)
-        return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
+        if fresh.is_floating_point():
+            fresh.detach().fill_(float("nan"))  # detached: torch 2.11's checkpoint asks for a leaf
+        elif fresh.dtype == torch.bool:
+            fresh.fill_(True)
+        return fresh
 
     return filled
 
 
 @pytest.fixture(autouse=True)
 def _fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "empty", _nan_filled(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", _nan_filled(torch.empty_like))
+    for owner, name in ALLOCATORS:
+        monkeypatch.setattr(owner, name, _spoiled(getattr(owner, name)))
 
 
 @pytest.fixture(scope="session")

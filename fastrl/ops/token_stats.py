@@ -5,7 +5,8 @@ With z the mapped logits of a row, p = softmax(z), t its target:
     lse = log sum_v exp z_v      logprob = z_t - lse      entropy = -sum_v p_v log p_v      mean_logit = mean_v z_v
     d z_v = p_v (l - a - b (log p_v + entropy)) + a [v = t] + s / V
 
-where a, b, l, s are the upstream gradients of logprob, entropy, lse and mean_logit.
+where a, b, l, s are the upstream gradients of logprob, entropy, lse and mean_logit. At the target p_t and 1 - p_t come
+from logprob: from z_t - lse, or from a p_t that was rounded, 1 - p_t would be noise where p_t is near 1.
 A negative target is ignored: its logprob is 0 and has no gradient; the other numbers are defined as ever.
 """
 
@@ -102,7 +103,7 @@ def row_gradient_(raw: Tensor, target: Tensor, stats: RowStats, grads: RowGrads,
     Args:
         raw: logits before the map; overwritten.
         target: [C].
-        stats: of these rows; lse and entropy are used.
+        stats: of these rows.
         grads: upstream gradients.
         logit_map: of these rows.
 
@@ -113,39 +114,37 @@ def row_gradient_(raw: Tensor, target: Tensor, stats: RowStats, grads: RowGrads,
     z = logit_map.apply(raw)
     logp = z.sub_(stats.lse[:, None])
     probability = logp.exp() if grads.entropy is not None else logp.exp_()
-    gradient = combine_(probability, logp, target, stats.entropy, grads, logit_map.factor(stats.lse))
+    gradient = combine_(probability, logp, target, stats, grads, logit_map.factor(stats.lse))
     return gradient if slope is None else gradient.mul_(slope)
 
 
 def cached_gradient(
     probability: Tensor, target: Tensor, stats: RowStats, grads: RowGrads, logit_map: LogitMap
 ) -> Tensor:
-    """`row_gradient_` from probabilities kept in forward, perhaps in bf16, instead of logits; no cap.
-
-    The target's probability is taken from its logprob: rounded to bf16, 1 - p would be noise where p is near 1.
-    """
+    """`row_gradient_` from probabilities kept in forward, perhaps in bf16, instead of logits; no cap."""
     exact = probability.to(stats.lse.dtype, copy=True)
-    place = target.clamp(min=0)[:, None]
-    exact.scatter_(-1, place, exact.gather(-1, place).where((target < 0)[:, None], stats.logprob.exp()[:, None]))
     logp = exact.log() if grads.entropy is not None else exact
-    return combine_(exact, logp, target, stats.entropy, grads, logit_map.factor(stats.lse))
+    return combine_(exact, logp, target, stats, grads, logit_map.factor(stats.lse))
 
 
 def combine_(
-    probability: Tensor, logp: Tensor, target: Tensor, entropy: Tensor, grads: RowGrads, factor: float | Tensor
+    probability: Tensor, logp: Tensor, target: Tensor, stats: RowStats, grads: RowGrads, factor: float | Tensor
 ) -> Tensor:
     """factor d z of the module's formula, in probability's memory; logp is overwritten when entropy has a gradient."""
-    zero = torch.zeros_like(entropy)
-    a = zero if grads.logprob is None else grads.logprob.masked_fill(target < 0, 0) * factor
-    common = (zero if grads.lse is None else grads.lse * factor) - a
+    zero, is_ignored = torch.zeros_like(stats.entropy), target < 0
+    a = zero if grads.logprob is None else grads.logprob.masked_fill(is_ignored, 0) * factor
+    b = zero if grads.entropy is None else grads.entropy * factor
+    l = zero if grads.lse is None else grads.lse * factor  # noqa: E741
     if grads.entropy is None:
-        gradient = probability.mul_(common[:, None])
+        gradient = probability.mul_((l - a)[:, None])
     else:
-        b = grads.entropy * factor
-        inner = logp.clamp_(min=LOG_ZERO).mul_(-b[:, None]).add_((common - b * entropy)[:, None])
-        gradient = probability.mul_(inner)
+        gradient = probability.mul_(
+            logp.clamp_(min=LOG_ZERO).mul_(-b[:, None]).add_((l - a - b * stats.entropy)[:, None])
+        )
+    inner = l - b * (stats.logprob.clamp(min=LOG_ZERO) + stats.entropy)
+    at_target = stats.logprob.exp() * inner - a * stats.logprob.expm1()
+    place = target.clamp(min=0)[:, None]
+    gradient.scatter_(-1, place, gradient.gather(-1, place).where(is_ignored[:, None], at_target[:, None]))
     if grads.mean_logit is not None:
         gradient.add_((grads.mean_logit * factor / gradient.shape[-1])[:, None])
-    if grads.logprob is not None:
-        gradient.scatter_add_(-1, target.clamp(min=0)[:, None], a[:, None])
     return gradient

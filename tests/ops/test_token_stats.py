@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from fastrl.ops.logit_map import LogitMap
 from fastrl.ops.single_pass import gradient_bound
-from fastrl.ops.token_stats import RowGrads, cached_gradient, row_gradient_, row_stats
+from fastrl.ops.token_stats import RowGrads, RowStats, cached_gradient, row_gradient_, row_stats
 
 RAW = torch.tensor([[0.0, 1.0, 3.0], [2.0, 2.0, 2.0]], dtype=torch.float64)
 TARGET = torch.tensor([2, -1])
@@ -54,6 +56,17 @@ def test_a_kept_probability_is_not_overwritten():
     ones = torch.ones(2, dtype=torch.float64)
     cached_gradient(kept, TARGET, stats, RowGrads(ones, ones, ones), LogitMap())
     torch.testing.assert_close(kept, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("top", [3.0, 9.0, 14.0])
+@pytest.mark.parametrize("shift", [0.0, 16.0, -100.0])
+def test_the_target_of_a_confident_row_keeps_the_digits_of_one_minus_p(shift, top):
+    raw, target, ones = torch.tensor([[shift, shift + top]]), torch.tensor([1]), torch.ones(1)
+    exact = row_stats(raw.double(), target, LogitMap())
+    stats = RowStats(*(None if x is None else x.float() for x in exact))
+    grad = row_gradient_(raw, target, stats, RowGrads(ones, None, None), LogitMap())
+    # z - lse would err by half of the last digit of lse: by 4e-6 at 100, where 1 - p is 8e-7 for top = 14.
+    assert grad[0, 1].item() == pytest.approx(1 / (1 + math.exp(top)), rel=2e-6, abs=0)
 
 
 def test_a_probability_rounded_to_bf16_keeps_an_exact_target_gradient():
