@@ -16,7 +16,7 @@ from fastrl.rollout.builtin import BuiltinEngine, context_length
 from fastrl.rollout.engine import Sampling
 from fastrl.train.algorithm import algorithm_from
 from fastrl.train.collect import Sampler
-from fastrl.train.config import GRPOConfig
+from fastrl.train.config import GRPOConfig, OnPolicyConfig
 from fastrl.train.device import check_backend, pick_device
 from fastrl.train.from_config import model_of, optimizer_of
 from fastrl.train.optimizer import MasterAdamW
@@ -82,7 +82,7 @@ def set_up(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> Setup:
 
 
 def prompts_of(
-    config: GRPOConfig,
+    config: OnPolicyConfig,
     tokenizer: PreTrainedTokenizerBase,
     rewards: Sequence[Reward],
     path: str,
@@ -101,7 +101,7 @@ def prompts_of(
 
 
 def sampler_of(
-    config: GRPOConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rewards: Sequence[Reward]
+    config: OnPolicyConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rewards: Sequence[Reward]
 ) -> Sampler:
     """Return what samples from the policy and judges its completions."""
     return Sampler(
@@ -123,7 +123,7 @@ def sampler_of(
     )
 
 
-def check_lengths(config: GRPOConfig, prompts: Sequence[Prompt], *, context: int) -> None:
+def check_lengths(config: OnPolicyConfig, prompts: Sequence[Prompt], *, context: int) -> None:
     """Refuse now what would stop the run hours later, when the longest prompt is drawn.
 
     Args:

@@ -5,8 +5,9 @@ Nothing here imports torch: a wrong key is refused before anything heavy is load
 """
 
 from fastrl.train.config.blocks import DataBlock, KernelsBlock, PackingBlock, ReportBlock, RolloutBlock
-from fastrl.train.config.grpo import DynamicSamplingBlock, GRPOConfig, OverlongBlock, SamplerCorrectionBlock
+from fastrl.train.config.grpo import DynamicSamplingBlock, GRPOConfig, SamplerCorrectionBlock
 from fastrl.train.config.inference import DemoConfig, EvalConfig, GenerateConfig, InferenceConfig
+from fastrl.train.config.on_policy import OnPolicyConfig, OverlongBlock
 from fastrl.train.config.sft import SFTConfig
 from fastrl.train.config.training import TrainConfig
 
@@ -19,6 +20,7 @@ __all__ = [
     "GenerateConfig",
     "InferenceConfig",
     "KernelsBlock",
+    "OnPolicyConfig",
     "OverlongBlock",
     "PackingBlock",
     "ReportBlock",

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fastrl.train.config.blocks import RolloutBlock
-from fastrl.train.config.training import TrainConfig
+from fastrl.train.config.on_policy import OnPolicyConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,35 +36,12 @@ class DynamicSamplingBlock:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OverlongBlock:
-    """DAPO's soft overlong punishment: 0 until `max_completion_length - buffer`, then linear down to -penalty.
-
-    Attributes:
-        buffer: tokens before the limit in which the punishment grows; 0 turns it off.
-        penalty: the punishment at the limit, in units of reward.
-    """
-
-    buffer: int = 0
-    penalty: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class GRPOConfig(TrainConfig):
+class GRPOConfig(OnPolicyConfig):
     """Group-relative policy optimisation and its family; the preset fills every field left at None.
 
     Attributes:
         algorithm: preset (docs/algorithms.md prints each as a record).
         parity: take another system's exact constants instead of the preset's.
-        reward_funcs: names of built-in rewards, or `package.module:function`.
-        reward_weights: one per reward function; None weighs all by 1.
-        num_generations: completions per prompt (G).
-        max_completion_length: most tokens of a completion.
-        temperature: divides the logits when sampling and when training.
-        top_p: sample from the smallest set of tokens whose probability reaches it; 1 keeps all.
-        top_k: sample from the k most likely tokens; 0 keeps all.
-        min_p: drop tokens below this share of the most likely token's probability; 0 keeps all.
-        repetition_penalty: makes tokens that occurred already less likely; 1 is none.
-        stop: texts that end a completion.
         steps_per_generation: optimizer steps a generated batch is cut into.
         num_iterations: passes over each generated batch (mu).
         beta: KL coefficient; 0 needs no reference model.
@@ -87,23 +63,11 @@ class GRPOConfig(TrainConfig):
         adaptive_kl_target: steer beta towards this KL to the reference; None keeps beta fixed.
         sampler_correction: correction for a sampler that differs from the trainer.
         dynamic_sampling: replacing groups without signal.
-        overlong: soft punishment of long completions.
-        rollout: how completions are sampled.
     """
 
     algorithm: Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo", "cispo", "sapo"] = "grpo"
     parity: Literal["trl", "verl", "openrlhf", "open_instruct"] | None = None
     learning_rate: float = 1e-6
-    reward_funcs: tuple[str, ...] = ()
-    reward_weights: tuple[float, ...] | None = None
-    num_generations: int = 8
-    max_completion_length: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
     steps_per_generation: int = 1
     num_iterations: int = 1
     beta: float | None = None
@@ -123,5 +87,3 @@ class GRPOConfig(TrainConfig):
     adaptive_kl_target: float | None = None
     sampler_correction: SamplerCorrectionBlock = SamplerCorrectionBlock()
     dynamic_sampling: DynamicSamplingBlock = DynamicSamplingBlock()
-    overlong: OverlongBlock = OverlongBlock()
-    rollout: RolloutBlock = RolloutBlock()
