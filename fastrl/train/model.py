@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastrl.train.attention import Implementation, packing, use_packed_attention
+from fastrl.train.model_directory import TOKENIZER_FILES, check_weight_files, has_tokenizer, json_file, model_directory
 from fastrl.train.native_layers import use_native_layers
 from fastrl.train.progress_bars import without_progress_bars
 from fastrl.types import Head, TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 def load_model(
@@ -48,19 +45,9 @@ def load_model(
             `trust_remote_code`, or a family whose sequences cannot be packed.
         RuntimeError: the attention asked for cannot run on this machine.
     """
-    directory = _model_directory(path, trust_remote_code=trust_remote_code)
-    if not any(directory.glob("*.safetensors")):
-        raise ValueError(
-            f"{directory} has no *.safetensors file, and pickled weights are never read; convert them with "
-            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) on a machine you can lose"
-        )
-    for file in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}); copy or download it again") from error
-    _check_vocabulary(directory, trust_remote_code=trust_remote_code)
+    directory = model_directory(path, trust_remote_code=trust_remote_code)
+    check_weight_files(directory)
+    check_vocabulary(directory, trust_remote_code=trust_remote_code)
     with without_progress_bars():
         model, report = AutoModelForCausalLM.from_pretrained(
             str(directory),
@@ -70,20 +57,42 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
+    check_weights(model, report, directory)
+    make_packed(
+        model, device=device, attn_implementation=attn_implementation, gradient_checkpointing=gradient_checkpointing
+    )
+    check_packing(model)
+    return model  # type: ignore[no-any-return]
+
+
+def check_weights(model: PreTrainedModel, report: Mapping[str, Any], directory: Path) -> None:
+    """Refuse weights that the files lack, that have another shape, or that are not finite.
+
+    Args:
+        report: what `from_pretrained(..., output_loading_info=True)` says.
+    """
     for problem, names in (("missing", report["missing_keys"]), ("of another shape", report["mismatched_keys"])):
         if names:
             raise ValueError(f"weights of {directory} are {problem}: {', '.join(sorted(map(str, names))[:5])}")
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise ValueError(f"weight {name} of {directory} is not finite; the file is damaged or the run diverged")
-    model.to(device).eval()
+
+
+def make_packed(
+    model: PreTrainedModel,
+    *,
+    device: torch.device | str,
+    attn_implementation: Implementation,
+    gradient_checkpointing: bool,
+) -> None:
+    """Put a fresh model on its device, without dropout, with packed attention and native layers; arguments as above."""
+    model.to(device).eval()  # type: ignore[arg-type]
     turn_off_dropout(model)
     use_packed_attention(model, attn_implementation)
     use_native_layers(model)
     if gradient_checkpointing:
         checkpoint_activations(model)
-    check_packing(model)
-    return model  # type: ignore[no-any-return]
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -105,8 +114,8 @@ def load_tokenizer(
     Raises:
         ValueError: no tokenizer, no end-of-sequence token, no such template, or remote code without the flag.
     """
-    directory = _model_directory(path, trust_remote_code=trust_remote_code)
-    if not _has_tokenizer(directory):
+    directory = model_directory(path, trust_remote_code=trust_remote_code)
+    if not has_tokenizer(directory):
         raise ValueError(f"{directory} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the base model's there")
     tokenizer = AutoTokenizer.from_pretrained(
         str(directory), local_files_only=True, trust_remote_code=trust_remote_code
@@ -177,12 +186,22 @@ def check_packing(model: PreTrainedModel) -> None:
     Raises:
         ValueError: they differ by more than rounding (relative to the spread of the values: 1e-3, or 0.1 in bfloat16).
     """
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    first, second = ((7 * torch.arange(start, end) % vocabulary).to(model.device) for start, end in ((1, 6), (6, 14)))
-    alone = [model(input_ids=ids[None], use_cache=False) for ids in (first, second)]
-    expected = torch.cat([_decoder(model)(input_ids=ids[None], use_cache=False)[0][0] for ids in (first, second)])
+    check_packed_hidden(model)
+    first, second = _probe(model)
+    alone = [_decoder(model)(input_ids=ids[None], use_cache=False)[0][0] for ids in (first, second)]
+    logits = torch.cat([model(input_ids=ids[None], use_cache=False).logits[0] for ids in (first, second)])
+    if (gap := _relative_gap(_logits(model_head(model), torch.cat(alone)), logits)) > _tolerance(model):
+        raise ValueError(
+            f"{type(model).__name__} scales its logits in a way fastrl does not know (relative gap {gap:.1e}); known "
+            "are final_logit_softcapping, logit_scale and logits_scaling"
+        )
 
+
+@torch.no_grad()
+def check_packed_hidden(model: PreTrainedModel) -> None:
+    """The first half of `check_packing`, for a model with any head: two sequences packed against the same alone."""
+    first, second = _probe(model)
+    expected = torch.cat([_decoder(model)(input_ids=ids[None], use_cache=False)[0][0] for ids in (first, second)])
     lengths = (len(first), len(second))
     positions = torch.cat([torch.arange(n) for n in lengths]).to(model.device)
     cu_seqlens = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=model.device)
@@ -196,19 +215,21 @@ def check_packing(model: PreTrainedModel) -> None:
         max_seqlen=max(lengths),
         sequence=torch.tensor([0, 1], device=model.device),
     )
-    got = hidden_states(model, batch)
-    family = type(model).__name__
-    if (gap := _relative_gap(got, expected)) > tolerance:
+    if (gap := _relative_gap(hidden_states(model, batch), expected)) > _tolerance(model):
         raise ValueError(
-            f"{family} gives packed sequences other values than the same sequences alone (relative gap {gap:.1e}); "
-            "its attention or its state crosses sequence borders, so fastrl cannot train it"
+            f"{type(model).__name__} gives packed sequences other values than the same sequences alone (relative gap "
+            f"{gap:.1e}); its attention or its state crosses sequence borders, so fastrl cannot train it"
         )
-    logits = torch.cat([output.logits[0] for output in alone])
-    if (gap := _relative_gap(_logits(model_head(model), expected), logits)) > tolerance:
-        raise ValueError(
-            f"{family} scales its logits in a way fastrl does not know (relative gap {gap:.1e}); known are "
-            "final_logit_softcapping, logit_scale and logits_scaling"
-        )
+
+
+def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    first, second = ((7 * torch.arange(start, end) % vocabulary).to(model.device) for start, end in ((1, 6), (6, 14)))
+    return first, second
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    return 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
 
 
 def _decoder(model: PreTrainedModel) -> nn.Module:
@@ -226,51 +247,11 @@ def _relative_gap(got: Tensor, expected: Tensor) -> float:
     return float((got.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))
 
 
-def _model_directory(path: str | Path, *, trust_remote_code: bool) -> Path:
-    """`path` as a directory whose configuration this transformers can build, or one sentence about what is wrong."""
-    directory = Path(path)
-    if not directory.is_dir():
-        raise ValueError(
-            f"model directory {directory} does not exist; fastrl reads local directories only, "
-            "so download the model first (huggingface-cli download NAME --local-dir DIRECTORY)"
-        )
-    config = _json_file(directory / "config.json")
-    for name in ("config.json", "tokenizer_config.json"):
-        if not trust_remote_code and (directory / name).is_file() and "auto_map" in _json_file(directory / name):
-            raise ValueError(
-                f"{directory / name} has an auto_map, which runs Python code shipped with the model; "
-                "read that code, then pass --trust_remote_code true"
-            )
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if not trust_remote_code and config.get("model_type") not in known:
-        raise ValueError(
-            f"{directory / 'config.json'} has model_type {config.get('model_type')!r}, "
-            "which is no causal language model this version of transformers knows; upgrade transformers"
-        )
-    return directory
-
-
-def _json_file(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; a model directory needs one, as save_pretrained writes it")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _has_tokenizer(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in TOKENIZER_FILES)
-
-
-def _check_vocabulary(directory: Path, *, trust_remote_code: bool) -> None:
+def check_vocabulary(directory: Path, *, trust_remote_code: bool) -> None:
     """Every token the tokenizer can make must have a row in the embedding; more rows than tokens is usual padding."""
-    if not _has_tokenizer(directory):
+    if not has_tokenizer(directory):
         return
-    config = _json_file(directory / "config.json")
+    config = json_file(directory / "config.json")
     rows = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     tokenizer = load_tokenizer(directory, chat_template=None, trust_remote_code=trust_remote_code)
     largest = max(tokenizer.get_vocab().values())
