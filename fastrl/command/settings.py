@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # elsewhere inside functions: `fastrl kernels` runs where yam
 NULL_TAG = "tag:yaml.org,2002:null"
 Text = str | None | list["Text"] | dict[str, "Text"]
 
-SHORT = {"resume": "resume_from_checkpoint"}
+SHORT = {"resume": "resume_from_checkpoint", "n": "num_generations", "out": "output_file"}
 # Names people bring along from other trainers, where no spelling is close.
 ELSEWHERE = {
     "bf16": "dtype",

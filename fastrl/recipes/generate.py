@@ -1,39 +1,63 @@
-"""Completions of prompts from the command line or a file."""
+"""Completions of prompts; with `verify`, the ones that pass, as a dataset for the next stage of training.
+
+prompts -> n completions each -> verify -> keep distinct ones that pass -> rows, and beside them where they come from
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from fastrl.rewards.resolve import resolve_rewards
 from fastrl.rollout.builtin import BuiltinEngine
 from fastrl.rollout.engine import Sampling
 from fastrl.rollout.seeds import request_seed
-from fastrl.train.config import GenerateConfig
+from fastrl.train.collect import Experience, Sampler, collect
+from fastrl.train.config import GenerateConfig, OverlongBlock
+from fastrl.train.contents import contents_of
 from fastrl.train.device import compute_dtype, pick_device
+from fastrl.train.durable import write_text
+from fastrl.train.guards import check_verdicts
 from fastrl.train.model import load_model, load_tokenizer
-from fastrl.train.prompts import load_prompts
+from fastrl.train.partial_file import open_partial
+from fastrl.train.prompts import Prompt, load_prompts
+from fastrl.train.provenance import environment
+from fastrl.train.rejection import SELECTIONS, Candidate
+from fastrl.types import Rollout
 
 
 def run(config: GenerateConfig) -> int:
-    """Write one JSON line per completion: prompt, completion, finish_reason, tokens, mean log-probability."""
+    """Write JSON lines; a killed run goes on after the last prompts it had finished, with the same result.
+
+    Returns:
+        0, or 1 when nothing was kept.
+    """
+    rewards = resolve_rewards(config.verify) if config.verify else ()
     tokenizer = load_tokenizer(
         config.model_name_or_path, chat_template=config.data.chat_template, trust_remote_code=config.trust_remote_code
     )
     source = config.prompt_file if config.prompt_file is not None else [{"prompt": text} for text in config.prompts]
     prompts = load_prompts(
-        source, tokenizer, config.data, (), max_prompt_length=config.rollout.max_prompt_length, output_dir=None
+        source, tokenizer, config.data, rewards, max_prompt_length=config.rollout.max_prompt_length, output_dir=None
     )
+    device = pick_device(config.device)
     model = load_model(
         config.model_name_or_path,
         dtype=compute_dtype(config.dtype),
-        device=pick_device(config.device),
+        device=device,
         trust_remote_code=config.trust_remote_code,
     )
-    samples = range(config.num_generations)
-    rollouts = BuiltinEngine(model, tokenizer, batch_size=config.rollout.batch_size).generate(
-        [prompt.ids for prompt in prompts for _ in samples],
-        Sampling(
+    sampler = Sampler(
+        engine=BuiltinEngine(model, tokenizer, batch_size=config.rollout.batch_size),
+        decode=partial(tokenizer.decode, skip_special_tokens=True),
+        rewards=rewards,
+        sampling=Sampling(
             max_completion_length=config.max_completion_length,
             temperature=config.temperature,
             top_p=config.top_p,
@@ -42,24 +66,115 @@ def run(config: GenerateConfig) -> int:
             repetition_penalty=config.repetition_penalty,
             stop=config.stop,
         ),
-        seeds=[request_seed(config.seed, ordinal, sample) for ordinal in range(len(prompts)) for sample in samples],
+        num_generations=config.num_generations,
+        seed=config.seed,
+        overlong=OverlongBlock(),
     )
-    lines = [
-        json.dumps(
-            {
-                "prompt": prompts[index // config.num_generations].prompt,
-                "completion": tokenizer.decode(rollout.completion_ids, skip_special_tokens=True),
-                "finish_reason": rollout.finish_reason,
-                "tokens": len(rollout.completion_ids),
-                "mean_logprob": sum(rollout.logprob) / max(1, len(rollout.logprob)),
-            },
-            ensure_ascii=False,
-        )
-        for index, rollout in enumerate(rollouts)
-    ]
-    text = "\n".join(lines) + "\n"
     if config.output_file is None:
-        sys.stdout.write(text)
-    else:
-        Path(config.output_file).write_text(text, encoding="utf-8")
-    return 0
+        for _ in _rows_of_all(config, sampler, prompts, first=0, counts=Counter(), write=_print):
+            pass
+        return 0
+    contents = contents_of(data=[config.prompt_file], model=config.model_name_or_path, rewards=config.verify)
+    record = {"config": asdict(config), "contents": contents}
+    with open_partial(Path(config.output_file), record) as file:
+        counts = Counter(file.counts)
+        for done in _rows_of_all(config, sampler, prompts, first=file.done, counts=counts, write=file.write):
+            file.mark(done, counts)
+        provenance = record | {"environment": environment(device), "counts": dict(counts)}
+        _print_counts(config, counts, total=len(prompts))
+        write_text(_beside(config.output_file), json.dumps(provenance, indent=1, sort_keys=True) + "\n")
+        file.finish()
+    return 0 if counts["rows"] else 1
+
+
+def _rows_of_all(
+    config: GenerateConfig, sampler: Sampler, prompts: Sequence[Prompt], *, first: int, counts: Counter[str], write: Any
+) -> Any:
+    """Sample, select and write the prompts from `first` on, a batch at a time; yield how many are done after each."""
+    size = max(1, config.rollout.batch_size // config.num_generations)
+    without_verdict = 0
+    for start in range(first, len(prompts), size):
+        ordinals = range(start, min(start + size, len(prompts)))
+        batch = [prompts[i] for i in ordinals]
+        if config.verify:
+            experience = collect(sampler, batch, ordinals)
+            without_verdict = check_verdicts(experience.reward, without_verdict, experience.scores.errors)
+            rows = _selected(config, experience, counts)
+        else:
+            rows = _completions(config, sampler, batch, ordinals)
+        counts["prompts"] += len(batch)
+        counts["completions"] += len(batch) * config.num_generations
+        counts["rows"] += len(rows)
+        write(rows)
+        yield ordinals.stop
+
+
+def _selected(config: GenerateConfig, experience: Experience, counts: Counter[str]) -> list[dict[str, Any]]:
+    """The rows that the prompts of one batch give, in the format asked for."""
+    n, rows = config.num_generations, []
+    rewards = experience.scores.total
+    counts["judged"] += sum(value is not None for value in rewards)
+    counts["passed"] += sum(value is not None and value >= config.verify_threshold for value in rewards)
+    counts["cut_off"] += sum(rollout.finish_reason == "length" for rollout in experience.rollouts)
+    for start in range(0, len(experience.rollouts), n):
+        here = slice(start, start + n)
+        candidates = [
+            Candidate(completion, _text(completion), reward, rollout.finish_reason == "stop")
+            for completion, reward, rollout in zip(
+                experience.completions[here], rewards[here], experience.rollouts[here], strict=True
+            )
+        ]
+        select = SELECTIONS[config.output_format]
+        prompt = experience.prompts[start].prompt
+        found = select(prompt, candidates, config.verify_threshold, config.max_per_prompt)
+        counts["prompts_with_rows"] += bool(found)
+        rows += found
+    return rows
+
+
+def _completions(
+    config: GenerateConfig, sampler: Sampler, batch: Sequence[Prompt], ordinals: range
+) -> list[dict[str, Any]]:
+    """Every completion with its length, how it ended and its mean log-probability."""
+    samples = range(config.num_generations)
+    rollouts = sampler.engine.generate(
+        [prompt.ids for prompt in batch for _ in samples],
+        sampler.sampling,
+        seeds=[request_seed(config.seed, ordinal, sample) for ordinal in ordinals for sample in samples],
+    )
+    return [
+        _described(batch[i // config.num_generations], rollout, sampler.decode(rollout.completion_ids))
+        for i, rollout in enumerate(rollouts)
+    ]
+
+
+def _described(prompt: Prompt, rollout: Rollout, text: str) -> dict[str, Any]:
+    return {
+        "prompt": prompt.prompt,
+        "completion": text,
+        "finish_reason": rollout.finish_reason,
+        "tokens": len(rollout.completion_ids),
+        "mean_logprob": sum(rollout.logprob) / max(1, len(rollout.logprob)),
+    }
+
+
+def _text(completion: Any) -> str:
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def _print(rows: Sequence[dict[str, Any]]) -> None:
+    sys.stdout.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _print_counts(config: GenerateConfig, counts: Counter[str], *, total: int) -> None:
+    print(f"{config.output_file}: {counts['rows']} rows from {counts['completions']} completions of {total} prompts")
+    if config.verify and counts["judged"]:
+        rate = 100 * counts["passed"] / counts["judged"]
+        print(
+            f"verified: {rate:.1f} % of {counts['judged']} judged completions passed, "
+            f"{counts['prompts_with_rows']} prompts gave a row, {counts['cut_off']} completions were cut off"
+        )
+
+
+def _beside(output_file: str) -> Path:
+    return Path(f"{output_file}.provenance.json")

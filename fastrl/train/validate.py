@@ -250,6 +250,17 @@ def _generate(config: GenerateConfig) -> Problems:
         yield "stop: an empty text would end every completion at once; remove it"
     yield from dataset_problem("prompt_file", config.prompt_file)
     yield from writable_problem("output_file", config.output_file)
+    for spec in config.verify:
+        yield from reward_problem(spec, key="verify")
+    if config.verify and config.output_file is None:
+        yield "output_file: verified completions are a dataset; name the file they go to"
+    if config.verify and config.output_format == "preference" and config.num_generations < 2:
+        yield "num_generations: a pair needs at least 2 completions of a prompt"
+    if not config.verify:
+        default = GenerateConfig(model_name_or_path="")
+        for key in ("verify_threshold", "output_format", "max_per_prompt"):
+            if getattr(config, key) != getattr(default, key):
+                yield f"{key}: has no effect without verify; name the reward functions that decide"
 
 
 # Configuration -> its rules; a subclass has its bases' rules too.

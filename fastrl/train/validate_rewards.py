@@ -10,45 +10,45 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
-def reward_problem(spec: str) -> Iterator[str]:
-    """Problem with one entry of reward_funcs; see `fastrl.rewards.resolve` for its forms."""
+def reward_problem(spec: str, *, key: str = "reward_funcs") -> Iterator[str]:
+    """Problem with one entry of the option `key`; see `fastrl.rewards.resolve` for its forms."""
     from fastrl.rewards.resolve import resolve_reward
 
     target = spec.removeprefix("verl:").partition("(")[0]
     place, colon, name = target.rpartition(":")
     if colon:
-        yield from _imported(spec, place, name)
+        yield from _imported(key, spec, place, name)
         return
     try:
         resolve_reward(spec)  # a built-in, so nothing of the user's is imported
     except ValueError as error:
         names = [name.strip() for name in target.split(",")]
-        listed = f"; write a list: reward_funcs: [{', '.join(names)}], or --reward_funcs {' '.join(names)}"
-        yield f"reward_funcs: {error}" + (listed if len(names) > 1 else "")
+        listed = f"; write a list: {key}: [{', '.join(names)}], or --{key} {' '.join(names)}"
+        yield f"{key}: {error}" + (listed if len(names) > 1 else "")
 
 
-def _imported(spec: str, place: str, name: str) -> Iterator[str]:
+def _imported(key: str, spec: str, place: str, name: str) -> Iterator[str]:
     if place.endswith(".py"):
         source: str | None = place
     else:
         module = _find(place)
         if module is None:
-            yield f"reward_funcs: {spec}: there is no module {place!r}; is its folder on PYTHONPATH?"
+            yield f"{key}: {spec}: there is no module {place!r}; is its folder on PYTHONPATH?"
             return
         source = module.origin
     if source is None or not source.endswith(".py"):
         return  # a compiled module tells nothing before it is imported
     if not Path(source).is_file():
-        yield f"reward_funcs: {spec}: the file {source} does not exist"
+        yield f"{key}: {spec}: the file {source} does not exist"
         return
     try:
         names = _top_level_names(ast.parse(Path(source).read_text(encoding="utf-8")))
     except SyntaxError as error:
-        yield f"reward_funcs: {spec}: {source}:{error.lineno}: {error.msg}"
+        yield f"{key}: {spec}: {source}:{error.lineno}: {error.msg}"
         return
     if name not in names and "*" not in names:
         near = get_close_matches(name, names, n=1)
-        yield f"reward_funcs: {spec}: {source} has no {name}" + (f"; did you mean {near[0]}?" if near else "")
+        yield f"{key}: {spec}: {source} has no {name}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _find(module: str) -> ModuleSpec | None:

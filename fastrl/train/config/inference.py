@@ -59,12 +59,17 @@ class EvalConfig(InferenceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(InferenceConfig):
-    """Completions of one or more prompts.
+    """Completions of prompts; with `verify`, a dataset of those that pass.
 
     Attributes:
         prompts: texts on the command line.
         prompt_file: JSONL or parquet with a `prompt` column.
-        output_file: JSONL to write; standard output when None.
+        output_file: JSONL to write, with its origin beside it; standard output when None.
+        verify: reward functions whose sum decides, named as in reward_funcs; none writes every completion.
+        verify_threshold: smallest sum that passes.
+        output_format: rows written under verify: "sft" keeps what passes (1 per prompt is best-of-n), "preference"
+            pairs it with what fails, "unpaired" labels both.
+        max_per_prompt: most rows of a prompt; None keeps all distinct ones.
         min_p: drop tokens below this share of the most likely token's probability; 0 keeps all.
         repetition_penalty: makes tokens that occurred already less likely; 1 is none.
         stop: texts that end a completion.
@@ -73,6 +78,10 @@ class GenerateConfig(InferenceConfig):
     prompts: tuple[str, ...] = ()
     prompt_file: str | None = None
     output_file: str | None = None
+    verify: tuple[str, ...] = ()
+    verify_threshold: float = 1.0
+    output_format: Literal["sft", "preference", "unpaired"] = "sft"
+    max_per_prompt: int | None = None
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
