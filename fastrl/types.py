@@ -72,6 +72,8 @@ class TokenBatch:
         sampler_logprob: [T] f32 under the distribution that sampled (l_mu).
         old_logprob: [T] f32 under the policy that defines the ratio (l_old).
         ref_logprob: [T] f32 under the frozen reference (l_ref).
+        old_value: [T] f32 the critic's value of the state in which target[t] is chosen, when it was sampled.
+        returns: [T] f32 what the critic is fitted to: advantage plus old value, before whitening.
     """
 
     input_ids: Tensor
@@ -85,6 +87,8 @@ class TokenBatch:
     sampler_logprob: Tensor | None = None
     old_logprob: Tensor | None = None
     ref_logprob: Tensor | None = None
+    old_value: Tensor | None = None
+    returns: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

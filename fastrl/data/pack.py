@@ -21,7 +21,7 @@ from fastrl.types import TokenBatch
 IntColumn = Sequence[int] | NDArray[np.integer] | Tensor
 FloatColumn = Sequence[float] | NDArray[np.floating] | Tensor
 
-OPTIONAL_COLUMNS = ("advantage", "sampler_logprob", "old_logprob", "ref_logprob")
+OPTIONAL_COLUMNS = ("advantage", "sampler_logprob", "old_logprob", "ref_logprob", "old_value", "returns")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +35,7 @@ class TokenSequence:
         weight: share of predicting ids[i] in the optimizer step's loss; weight[0] is 0, as nothing precedes ids[0].
         advantage: constant per token; entry 0 of this and the next columns is not used.
         sampler_logprob, old_logprob, ref_logprob: log-probability of ids[i], in nats; see `TokenBatch`.
+        old_value, returns: of the state in which ids[i] is chosen; see `TokenBatch`.
     """
 
     ids: IntColumn
@@ -43,6 +44,8 @@ class TokenSequence:
     sampler_logprob: FloatColumn | None = None
     old_logprob: FloatColumn | None = None
     ref_logprob: FloatColumn | None = None
+    old_value: FloatColumn | None = None
+    returns: FloatColumn | None = None
 
 
 def pack(

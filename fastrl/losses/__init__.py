@@ -23,6 +23,7 @@ from fastrl.losses.ratio import sequence_product, sequence_ratio, token_ratio
 from fastrl.losses.supervised import dft, label_smoothed, nll
 from fastrl.losses.surrogate import cispo, clipped, reinforce, sapo, vespo
 from fastrl.losses.trust_region import binary_kl, binary_tv
+from fastrl.losses.value import value_clipped, value_is_clipped, value_squared
 from fastrl.losses.weighting import fixed_length, prompt_mean, sequence_mean, sequence_sum, token_mean, without
 
 __all__ = [
@@ -65,6 +66,9 @@ __all__ = [
     "token_ratio",
     "token_reward",
     "truncate",
+    "value_clipped",
+    "value_is_clipped",
+    "value_squared",
     "vespo",
     "whiten",
     "without",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastrl.data import TokenSequence, pack, unpack, unpack_columns
 
-OPTIONAL = ("advantage", "sampler_logprob", "old_logprob", "ref_logprob")
+OPTIONAL = ("advantage", "sampler_logprob", "old_logprob", "ref_logprob", "old_value", "returns")
 
 
 def made(lengths, seed=0):
