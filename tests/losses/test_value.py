@@ -11,7 +11,7 @@ from torch import Tensor
 from fastrl.losses.value import value_clipped, value_is_clipped, value_squared
 from tests import oracle_ppo as oracle
 
-GRID = list(itertools.product((-3.0, -0.45, 0.1, 0.29, 0.31, 2.5), (-0.25, 0.1), (-1.0, 0.05, 0.13, 4.0)))
+GRID = list(itertools.product((-3.0, -0.45, 0.1, 0.29, 0.31, 2.5), (-0.25, 0.1), (-1.0, 0.05, 0.17, 4.0)))
 VALUE, OLD, RETURNS = (list(column) for column in zip(*GRID, strict=True))
 
 
