@@ -33,13 +33,15 @@ def save_pretrained(
         raise ValueError(f"{path} exists and is no model directory; it would be replaced: choose another name")
 
     def write(fresh: Path) -> None:
-        original = model.generation_config
-        model.generation_config = _served(original, tokenizer.eos_token_id) if original is not None else None
+        original = getattr(model, "generation_config", None)  # theirs: a model that only scores has none
+        if original is not None:
+            model.generation_config = _served(original, tokenizer.eos_token_id)
         try:
             with without_progress_bars():
                 model.save_pretrained(fresh)
         finally:
-            model.generation_config = original
+            if original is not None:
+                model.generation_config = original
         tokenizer.save_pretrained(fresh)
         (fresh / "README.md").write_text(card, encoding="utf-8")
 

@@ -18,3 +18,15 @@ def without_progress_bars() -> Iterator[None]:
     finally:
         if was_on:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Progress bars are off, and transformers says nothing of weights it did not find: the caller checks them."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with without_progress_bars():
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
