@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -12,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.registry import Row, register
-from fastrl.train import native_layers
 from fastrl.train.native_attention import packed_attention
 from fastrl.train.packed_sdpa import bucketed, packed_sdpa
 
@@ -107,6 +105,11 @@ def native_packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlen
     return packed_attention(query, key, value, cu_seqlens, scaling=query.shape[-1] ** -0.5)
 
 
+def layer(name: str, **options: float) -> Callable[..., Tensor]:
+    """A function of fastrl.train.native_layers, which imports transformers: only when it is called."""
+    return lambda *inputs: getattr(import_module("fastrl.train.native_layers"), name)(*inputs, **options)
+
+
 def native(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`function`, or a sentence where fastrl._C was not built or the inputs are not its own."""
 
@@ -130,7 +133,7 @@ register(
             "transformers": norm,
             "torch.rms_norm": fused_norm,
             "compile": torch.compile(norm),
-            "native": native(partial(native_layers.rms_norm, epsilon=EPSILON)),
+            "native": native(layer("rms_norm", epsilon=EPSILON)),
         },
         shapes=WIDE,
         quick_shapes=WIDE,
@@ -142,7 +145,7 @@ register(
         contenders={
             "transformers": swiglu,
             "compile": torch.compile(swiglu),
-            "native": native(native_layers.swiglu),
+            "native": native(layer("swiglu")),
         },
         shapes=WIDE,
         quick_shapes=WIDE,
@@ -154,7 +157,7 @@ register(
         contenders={
             "transformers": rotary,
             "compile": torch.compile(rotary),
-            "native": native(native_layers.rotary),
+            "native": native(layer("rotary")),
         },
         shapes=HEADS,
         quick_shapes=HEADS,
