@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fastrl.data.formats import MESSAGES, TEXT, Format, detect_format
@@ -130,8 +131,15 @@ def row_problems(row: Row, format: Format) -> Iterator[Problem]:
             yield from _completion_problems(f"/{name}", value, format)
         elif name == "label":
             yield from _label_problems(f"/{name}", value)
-    if "completions" in format.columns and row.get("completions") is not None and row.get("labels") is not None:
-        yield from _labelled_steps_problems(row["completions"], row["labels"], format)
+    if (
+        row.get("chosen") is not None
+        and {"chosen", "rejected"} <= {*format.columns}
+        and row["chosen"] == row.get("rejected")
+    ):
+        yield Problem("equal completions", "/rejected", "something else than chosen", "the same")
+    for name, check in (("labels", _label_problems), ("scores", _score_problems), ("ranks", _score_problems)):
+        if name in format.columns and row.get("completions") is not None and row.get(name) is not None:
+            yield from _judged_list_problems(row["completions"], name, row[name], check, format)
     yield from _tools_problems(row.get("tools"))
     yield from _verl_problems(row)
 
@@ -238,21 +246,34 @@ def _label_problems(path: str, value: object) -> Iterator[Problem]:
         yield Problem("wrong type", path, "true or false", described(value))
 
 
-def _labelled_steps_problems(completions: object, labels: object, format: Format) -> Iterator[Problem]:
-    for name, value in (("completions", completions), ("labels", labels)):
+def _score_problems(path: str, value: object) -> Iterator[Problem]:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        yield Problem("wrong type", path, "a finite number", described(value))
+
+
+def _judged_list_problems(
+    completions: object,
+    name: str,
+    values: object,
+    check: Callable[[str, object], Iterator[Problem]],
+    format: Format,
+) -> Iterator[Problem]:
+    """Faults of a list of completions, or steps, with one label, score or rank for each."""
+    for column, value in (("completions", completions), (name, values)):
         if not isinstance(value, list | tuple) or not value:
-            yield Problem("wrong type", f"/{name}", "a list that is not empty", described(value))
+            yield Problem("wrong type", f"/{column}", "a list that is not empty", described(value))
             return
     assert isinstance(completions, list | tuple)
-    assert isinstance(labels, list | tuple)
-    if len(completions) != len(labels):
-        yield Problem(
-            "wrong length", "/labels", f"one label per completion, {len(completions)}", f"{len(labels)} labels"
-        )
+    assert isinstance(values, list | tuple)
+    if len(completions) != len(values):
+        expected = f"one {name.removesuffix('s')} per completion, {len(completions)}"
+        yield Problem("wrong length", f"/{name}", expected, f"{len(values)} {name}")
     for i, completion in enumerate(completions):
         yield from _completion_problems(f"/completions/{i}", completion, format)
-    for i, label in enumerate(labels):
-        yield from _label_problems(f"/labels/{i}", label)
+    judged = [problem for i, value in enumerate(values) for problem in check(f"/{name}/{i}", value)]
+    yield from judged
+    if name != "labels" and not judged and len(set(values)) == 1:
+        yield Problem("equal scores", f"/{name}", "completions of which one is better", f"{len(values)} alike")
 
 
 def _tools_problems(tools: object) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""The dataset formats, TRL's: which columns make a row, and whether they hold plain text or messages."""
+"""The dataset formats: which columns make a row, and whether they hold plain text or messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Format:
     """A kind of row.
 
     Attributes:
-        name: TRL's word for it.
+        name: TRL's word for it; "scored" and "ranked" are ours.
         columns: what every row must hold; other columns may be there too.
         is_conversational: prompts, completions and `messages` are lists of messages, not strings.
     """
@@ -31,7 +31,9 @@ PROMPT_COMPLETION = Format("prompt_completion", ("prompt", "completion"))
 PREFERENCE = Format("preference", ("prompt", "chosen", "rejected"))
 UNPAIRED = Format("unpaired_preference", ("prompt", "completion", "label"))
 STEPWISE = Format("stepwise_supervision", ("prompt", "completions", "labels"))
-FORMATS = (TEXT, MESSAGES, PROMPT, PROMPT_COMPLETION, PREFERENCE, UNPAIRED, STEPWISE)
+SCORED = Format("scored", ("prompt", "completions", "scores"))  # higher is better
+RANKED = Format("ranked", ("prompt", "completions", "ranks"))  # 1 is the best
+FORMATS = (TEXT, MESSAGES, PROMPT, PROMPT_COMPLETION, PREFERENCE, UNPAIRED, STEPWISE, SCORED, RANKED)
 
 
 def detect_format(rows: Rows, *, among: Sequence[Format] = FORMATS) -> Format:

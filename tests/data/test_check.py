@@ -36,9 +36,11 @@ GOOD = [
     {"prompt": "q", "completion": " a"},
     {"prompt": [USER], "completion": [CALL, SILENCE, FOUR]},
     {"prompt": "q", "chosen": "a", "rejected": "b"},
-    {"prompt": [USER], "chosen": [FOUR], "rejected": [FOUR]},
+    {"prompt": [USER], "chosen": [FOUR], "rejected": [CALL, SILENCE, FOUR]},
     {"prompt": "q", "completion": "a", "label": False},
     {"prompt": "q", "completions": ["a", "b"], "labels": [True, False]},
+    {"prompt": "q", "completions": ["a", "b", "c"], "scores": [0.5, -1, 0.5]},
+    {"prompt": [USER], "completions": [[FOUR], [CALL, SILENCE, FOUR]], "ranks": [2, 1]},
 ]
 
 
@@ -103,6 +105,21 @@ def test_good_rows_of_every_format_pass(row):
             {"prompt": "q", "completions": ["a"], "labels": [True]},
             {"prompt": "q", "completions": ["a", ""], "labels": [True]},
             "/labels: expected one label per completion, 2, got 1 labels\n.*/completions/1: expected text",
+        ),
+        (
+            {"prompt": "q", "completions": ["a", "b"], "scores": [0, 1.5]},
+            {"prompt": "q", "completions": ["a", "b", "c"], "scores": [0, True]},
+            "/scores: expected one score per completion, 3, got 2 scores\n.*/scores/1: expected a finite number",
+        ),
+        (
+            {"prompt": "q", "completions": ["a", "b"], "ranks": [2, 1]},
+            {"prompt": "q", "completions": ["a", "b"], "ranks": [1, 1]},
+            "/ranks: expected completions of which one is better, got 2 alike",
+        ),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            {"prompt": "q", "chosen": "a", "rejected": "a"},
+            "/rejected: expected something else than chosen, got the same",
         ),
         ({"prompt": "q"}, {"prompt": "q", "tools": "{"}, "/tools: expected a JSON list of tools"),
         ({"prompt": "q"}, {"prompt": "q", "tools": ["add"]}, "/tools/0: expected an object"),
@@ -248,3 +265,28 @@ def test_any_bytes_are_read_or_refused_by_a_sentence(tmp_path_factory, noise, fo
     assert len(rows) == 2 + 1 + noise.count(b"\n")
     with pytest.raises(DataError, match=r"rows\.jsonl:2"):
         check_rows(rows, format)
+
+
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        ({"scores": [1.0]}, "/scores: expected one score per completion, 2"),
+        ({"scores": [1.0, True]}, "/scores/1: expected a finite number"),
+        ({"scores": [1.0, float("inf")]}, "/scores/1: expected a finite number"),
+        ({"scores": [2, 2]}, "/scores: expected at least two scores that differ"),
+        ({"scores": 3}, "/scores: expected a list"),
+        ({"completions": ["a", ""]}, "/completions/1: expected text"),
+    ],
+)
+def test_bad_rankings_are_named(changes: dict[str, Any], path: str) -> None:
+    row = {"prompt": "p", "completions": ["a", "b"], "scores": [1, 0.5]}
+    assert check_rows(read_rows([row]), RANKED).columns == RANKED.columns
+    with pytest.raises(DataError) as error:
+        check_rows(read_rows([row | changes]), RANKED)
+    assert f"list:1:{path}" in str(error.value)
+
+
+def test_equal_answers_are_no_preference() -> None:
+    row = {"prompt": "p", "chosen": "same", "rejected": "same"}
+    with pytest.raises(DataError, match="list:1:/rejected: expected another answer than chosen"):
+        check_rows(read_rows([row]), PREFERENCE)

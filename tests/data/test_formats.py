@@ -8,6 +8,8 @@ from fastrl.data import (
     PREFERENCE,
     PROMPT,
     PROMPT_COMPLETION,
+    RANKED,
+    SCORED,
     STEPWISE,
     TEXT,
     UNPAIRED,
@@ -29,6 +31,8 @@ CHAT = [{"role": "user", "content": "q"}]
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, PREFERENCE),
         ({"prompt": "q", "completion": "a", "label": True}, UNPAIRED),
         ({"prompt": "q", "completions": ["a"], "labels": [True]}, STEPWISE),
+        ({"prompt": "q", "completions": ["a", "b"], "scores": [0, 1]}, SCORED),
+        ({"prompt": "q", "completions": ["a", "b"], "ranks": [2, 1]}, RANKED),
         ({"prompt": "q", "messages": None, "completion": None}, PROMPT),
     ],
 )
@@ -66,4 +70,4 @@ def test_the_first_readable_row_decides():
 
 
 def test_names_and_columns_of_the_formats_differ():
-    assert len({format.name for format in FORMATS}) == len({format.columns for format in FORMATS}) == 7
+    assert len({format.name for format in FORMATS}) == len({format.columns for format in FORMATS}) == 9
