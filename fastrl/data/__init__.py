@@ -15,6 +15,7 @@ from fastrl.data.formats import (
     Format,
     detect_format,
 )
+from fastrl.data.implicit_prompt import with_prompt
 from fastrl.data.pack import TokenSequence, pack, unpack, unpack_columns
 from fastrl.data.problems import DataError, Problem
 from fastrl.data.readers import Row, Rows, apply_columns, read_rows
@@ -60,4 +61,5 @@ __all__ = [
     "split_rows",
     "unpack",
     "unpack_columns",
+    "with_prompt",
 ]

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fastrl.data.check import Rejected, check_rows, split_rows
-from fastrl.data.formats import PROMPT, Format
+from fastrl.data.formats import PREFERENCE, PROMPT, Format
+from fastrl.data.implicit_prompt import with_prompt
 from fastrl.data.problems import DataError, Problem
 from fastrl.data.readers import Indexable, Rows, read_rows
 from fastrl.data.template import apply_templates
@@ -53,8 +54,11 @@ def load_rows(
     Raises:
         DataError: rows that cannot be trained on: the first twenty, and the counts by class.
     """
+    rows = read_rows(source, columns=data.columns, max_rows=data.max_rows)
+    if PREFERENCE in formats and data.prompt_template is None:
+        rows = rows.map(with_prompt)
     rows = apply_templates(
-        read_rows(source, columns=data.columns, max_rows=data.max_rows),
+        rows,
         prompt_template=data.prompt_template,
         completion_template=data.completion_template,
         system_prompt=data.system_prompt,

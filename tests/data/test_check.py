@@ -265,28 +265,3 @@ def test_any_bytes_are_read_or_refused_by_a_sentence(tmp_path_factory, noise, fo
     assert len(rows) == 2 + 1 + noise.count(b"\n")
     with pytest.raises(DataError, match=r"rows\.jsonl:2"):
         check_rows(rows, format)
-
-
-@pytest.mark.parametrize(
-    ("changes", "path"),
-    [
-        ({"scores": [1.0]}, "/scores: expected one score per completion, 2"),
-        ({"scores": [1.0, True]}, "/scores/1: expected a finite number"),
-        ({"scores": [1.0, float("inf")]}, "/scores/1: expected a finite number"),
-        ({"scores": [2, 2]}, "/scores: expected at least two scores that differ"),
-        ({"scores": 3}, "/scores: expected a list"),
-        ({"completions": ["a", ""]}, "/completions/1: expected text"),
-    ],
-)
-def test_bad_rankings_are_named(changes: dict[str, Any], path: str) -> None:
-    row = {"prompt": "p", "completions": ["a", "b"], "scores": [1, 0.5]}
-    assert check_rows(read_rows([row]), RANKED).columns == RANKED.columns
-    with pytest.raises(DataError) as error:
-        check_rows(read_rows([row | changes]), RANKED)
-    assert f"list:1:{path}" in str(error.value)
-
-
-def test_equal_answers_are_no_preference() -> None:
-    row = {"prompt": "p", "chosen": "same", "rejected": "same"}
-    with pytest.raises(DataError, match="list:1:/rejected: expected another answer than chosen"):
-        check_rows(read_rows([row]), PREFERENCE)
