@@ -35,6 +35,17 @@ from fastrl.losses.preference import (
 from fastrl.losses.ranked import is_best, rrhf
 from fastrl.losses.ratio import sequence_product, sequence_ratio, token_ratio
 from fastrl.losses.reference_free import log_odds_ratio, orpo, simpo
+from fastrl.losses.reward_model import (
+    bradley_terry,
+    brier,
+    centering,
+    expected_calibration_error,
+    last,
+    product,
+    ranked_pairs,
+    step_cross_entropy,
+    weakest,
+)
 from fastrl.losses.supervised import dft, label_smoothed, nll
 from fastrl.losses.surrogate import cispo, clipped, reinforce, sapo, vespo
 from fastrl.losses.trust_region import binary_kl, binary_tv
@@ -50,6 +61,9 @@ __all__ = [
     "bco_pair",
     "binary_kl",
     "binary_tv",
+    "bradley_terry",
+    "brier",
+    "centering",
     "cispo",
     "clamped",
     "clipped",
@@ -57,6 +71,7 @@ __all__ = [
     "discopop",
     "entropy_keep",
     "exo_pair",
+    "expected_calibration_error",
     "fixed_length",
     "gpg",
     "group_centered",
@@ -71,6 +86,7 @@ __all__ = [
     "kl_baseline",
     "kto",
     "label_smoothed",
+    "last",
     "leave_one_out",
     "log_odds_ratio",
     "mask",
@@ -79,7 +95,9 @@ __all__ = [
     "nll",
     "orpo",
     "penalty",
+    "product",
     "prompt_mean",
+    "ranked_pairs",
     "raw",
     "reinforce",
     "return_to_go",
@@ -95,6 +113,7 @@ __all__ = [
     "simpo",
     "soft_overlong",
     "sppo_hard",
+    "step_cross_entropy",
     "straight_through",
     "token_mean",
     "token_ratio",
@@ -104,6 +123,7 @@ __all__ = [
     "value_is_clipped",
     "value_squared",
     "vespo",
+    "weakest",
     "whiten",
     "without",
 ]
