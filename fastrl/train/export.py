@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastrl.train.durable import write_directory
+from fastrl.train.lora import adapter_names
+from fastrl.train.lora_files import merged_state, save_adapter, without_adapters
 from fastrl.train.progress_bars import without_progress_bars
 
 if TYPE_CHECKING:
@@ -21,6 +23,9 @@ def save_pretrained(
     The weights are those of the model, in its own precision. The generation configuration keeps every end-of-sequence
     id of the base model and gains the tokenizer's, so that a served model stops where it was trained to.
 
+    A model with LoRA adapters is written with the active ones added to its weights (4-bit weights dequantised), so that
+    it loads without peft; the adapter itself goes to `adapter` beside the directory, as peft writes it.
+
     Args:
         directory: replaced when it exists; a subdirectory of the run's, not the run's own.
         card: Markdown, with or without a YAML header: how this model was made.
@@ -33,19 +38,22 @@ def save_pretrained(
         raise ValueError(f"{path} exists and is no model directory; it would be replaced: choose another name")
 
     def write(fresh: Path) -> None:
-        original = getattr(model, "generation_config", None)  # theirs: a model that only scores has none
+        plain, state = (without_adapters(model), merged_state(model)) if adapter_names(model) else (model, None)
+        original = getattr(plain, "generation_config", None)  # theirs: a model that only scores has none
         if original is not None:
-            model.generation_config = _served(original, tokenizer.eos_token_id)
+            plain.generation_config = _served(original, tokenizer.eos_token_id)
         try:
             with without_progress_bars():
-                model.save_pretrained(fresh)
+                plain.save_pretrained(fresh, state_dict=state)
         finally:
             if original is not None:
-                model.generation_config = original
+                plain.generation_config = original
         tokenizer.save_pretrained(fresh)
         (fresh / "README.md").write_text(card, encoding="utf-8")
 
     write_directory(path, write)
+    if adapter_names(model):
+        save_adapter(model, path.parent / "adapter")
     return path
 
 

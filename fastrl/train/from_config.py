@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fastrl.report.journal import Journal
 from fastrl.train.config import TrainConfig
 from fastrl.train.device import compute_dtype, pick_device
+from fastrl.train.lora import add_lora
 from fastrl.train.model import load_model, load_tokenizer
 from fastrl.train.optimizer import MasterAdamW
 from fastrl.train.run_directory import RunDirectory
@@ -25,11 +26,38 @@ def tokenizer_of(config: TrainConfig) -> PreTrainedTokenizerBase:
 
 
 def model_of(config: TrainConfig, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
-    """Read the causal language model that the run starts from.
+    """Read the causal language model that the run trains: with a fresh adapter when it is LoRA that trains.
 
     Args:
-        gradient_checkpointing: for the model that trains; a frozen copy keeps no activations in any case.
+        gradient_checkpointing: keep each layer's input alone and compute the rest again.
     """
+    model = _base_of(config, gradient_checkpointing=gradient_checkpointing)
+    add_lora_of(config, model)
+    return model
+
+
+def reference_of(config: TrainConfig, policy: PreTrainedModel) -> PreTrainedModel:
+    """The frozen start of a policy that `model_of` made: run it inside `with adapter_off(reference):`.
+
+    Returns:
+        With LoRA the policy itself, whose adapter that block turns off; else a second model.
+    """
+    return policy if config.use_peft else _base_of(config, gradient_checkpointing=False).requires_grad_(False)
+
+
+def add_lora_of(config: TrainConfig, model: PreTrainedModel) -> None:
+    """Freeze a model and add the adapter that the run trains; nothing happens without use_peft."""
+    if config.use_peft:
+        add_lora(
+            model,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            seed=config.seed,
+            target_modules=config.lora_target_modules,
+        )
+
+
+def _base_of(config: TrainConfig, *, gradient_checkpointing: bool) -> PreTrainedModel:
     return load_model(
         config.model_name_or_path,
         dtype=compute_dtype(config.dtype),
@@ -37,6 +65,7 @@ def model_of(config: TrainConfig, *, gradient_checkpointing: bool = False) -> Pr
         attn_implementation=config.attn_implementation,
         gradient_checkpointing=gradient_checkpointing,
         trust_remote_code=config.trust_remote_code,
+        load_in_4bit=config.load_in_4bit,
     )
 
 

@@ -66,7 +66,7 @@ def add_lora(
         target_modules=chosen,
         # GPT-2 keeps its matrices as (in, out).
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        task_type=None,
+        task_type=None if model.get_output_embeddings() is None else "CAUSAL_LM",
         base_model_name_or_path=model.config._name_or_path,
     )
     active = active_adapters(model)
@@ -131,7 +131,12 @@ def as_in_forward(model: nn.Module) -> tuple[AbstractContextManager[None], Abstr
 
 def lora_layers(model: nn.Module) -> Iterator[Any]:
     """The modules of peft that hold adapters beside a base layer."""
-    return (module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer"))
+    return filter(is_lora_layer, model.modules())
+
+
+def is_lora_layer(module: nn.Module) -> bool:
+    """Whether a module is one of peft's; asked without importing that."""
+    return hasattr(module, "lora_A") and hasattr(module, "base_layer")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastrl.train.attention import Implementation, packing, use_packed_attention
+from fastrl.train.lora import as_in_forward
 from fastrl.train.model_directory import TOKENIZER_FILES, check_weight_files, has_tokenizer, json_file, model_directory
 from fastrl.train.native_layers import use_native_layers
 from fastrl.train.progress_bars import without_progress_bars
+from fastrl.train.quantize import four_bit, keep_differentiable
 from fastrl.types import Head, TokenBatch
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ def load_model(
     attn_implementation: Implementation = "auto",
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    load_in_4bit: bool = False,
 ) -> PreTrainedModel:
     """Read a causal language model from a Hugging Face directory and make it take packed batches.
 
@@ -39,6 +43,7 @@ def load_model(
     Args:
         dtype: of the weights and of the computation; `fastrl.train.optimizer` keeps float32 masters.
         attn_implementation: "auto" is torch's varlen kernel where it can run and bucketed SDPA elsewhere.
+        load_in_4bit: quantise the linear layers while reading (`fastrl.train.quantize`); only adapters train then.
 
     Raises:
         ValueError: no such directory, no configuration, weights or tokenizer that do not fit, remote code without
@@ -56,7 +61,9 @@ def load_model(
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **(four_bit(dtype, device) if load_in_4bit else {}),
         )
+    keep_differentiable(model)
     check_weights(model, report, directory)
     make_packed(
         model, device=device, attn_implementation=attn_implementation, gradient_checkpointing=gradient_checkpointing
@@ -97,10 +104,11 @@ def make_packed(
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """From now on `hidden_states` keeps each layer's input alone and computes the rest again in the backward pass."""
+    options = {"use_reentrant": False, "context_fn": partial(as_in_forward, model)}
     if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable(options)
         return
-    model.gradient_checkpointing_enable({"use_reentrant": False})  # its name before transformers 5
+    model.gradient_checkpointing_enable(options)  # its name before transformers 5
 
 
 def load_tokenizer(

@@ -18,7 +18,7 @@ from fastrl.train.algorithm import algorithm_from
 from fastrl.train.collect import Sampler
 from fastrl.train.config import GRPOConfig, OnPolicyConfig
 from fastrl.train.device import check_backend, pick_device
-from fastrl.train.from_config import model_of, optimizer_of
+from fastrl.train.from_config import model_of, optimizer_of, reference_of
 from fastrl.train.optimizer import MasterAdamW
 from fastrl.train.prompts import Prompt, load_prompts
 
@@ -32,7 +32,7 @@ class Setup:
         held_out: prompts for evaluation; may be empty.
         algorithm: the record of choices.
         policy: the model that is trained.
-        reference: its frozen start; None when the algorithm has no KL.
+        reference: its frozen start, with the adapter off; None when the algorithm has no KL.
         optimizer: owns the policy's master weights.
         sampler: engine, rewards and sampling parameters.
         groups: prompts of one round.
@@ -73,7 +73,7 @@ def set_up(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> Setup:
         held_out=held_out,
         algorithm=algorithm,
         policy=policy,
-        reference=model_of(config).requires_grad_(False) if algorithm.kl is not None else None,
+        reference=reference_of(config, policy) if algorithm.kl is not None else None,
         optimizer=optimizer_of(config, policy),
         sampler=sampler_of(config, policy, tokenizer, rewards),
         groups=groups,

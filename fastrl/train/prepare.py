@@ -20,6 +20,7 @@ from fastrl.losses.entropy import entropy_keep
 from fastrl.losses.weighting import without
 from fastrl.train.config import KernelsBlock
 from fastrl.train.logprob import trained_logprob
+from fastrl.train.lora import adapter_off
 from fastrl.train.model import model_head
 from fastrl.train.sequences import rollout_sequences, trained_length
 from fastrl.types import Head, Rollout, TokenBatch
@@ -135,7 +136,8 @@ def prepare(
     """Pack one optimizer step and fill in the log-probabilities its loss compares with.
 
     Args:
-        reference: the frozen reference; needed when the algorithm has a KL.
+        reference: the frozen reference, or the policy when that has an adapter (it is turned off here); needed when
+            the algorithm has a KL.
         temperature: divides the logits.
         token_budget: most positions of a batch.
         kernels: how the passes over the head run.
@@ -151,7 +153,9 @@ def prepare(
     if algorithm.kl is not None:
         assert reference is not None, "an algorithm with a KL needs the reference model"
         head = model_head(reference, temperature=temperature)
-        batches = [replace(batch, ref_logprob=trained_stats(reference, head, batch, kernels)[0]) for batch in batches]
+        with adapter_off(reference):
+            ref = [trained_stats(reference, head, batch, kernels)[0] for batch in batches]
+        batches = [replace(batch, ref_logprob=logprob) for batch, logprob in zip(batches, ref, strict=True)]
     stats: list[tuple[Tensor, Tensor]] = []
     if needs_old or needs_entropy or kl_in_reward:
         head = model_head(model, temperature=temperature)

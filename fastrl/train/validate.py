@@ -23,6 +23,7 @@ from fastrl.train.config import (
     TrainConfig,
 )
 from fastrl.train.validate_files import dataset_problem, file_problem, model_problem, writable_problem
+from fastrl.train.validate_lora import lora_problems
 from fastrl.train.validate_ranges import range_problems
 from fastrl.train.validate_rewards import reward_problem
 
@@ -266,6 +267,7 @@ def _generate(config: GenerateConfig) -> Problems:
 # Configuration -> its rules; a subclass has its bases' rules too.
 RULES: tuple[tuple[type, Callable[[Any], Problems]], ...] = (
     (TrainConfig, _train),
+    (TrainConfig, lora_problems),
     (SFTConfig, _sft),
     (GRPOConfig, _grpo),
     (InferenceConfig, _inference),

@@ -26,6 +26,8 @@ RANGES = {
     "label_smoothing": "[0, 1)",
     "learning_rate": "(0, inf)",
     "logging_steps": "[1, inf)",
+    "lora_alpha": "[1, inf)",
+    "lora_r": "[1, inf)",
     "max_completion_length": "[1, inf)",
     "max_grad_norm": "[0, inf)",
     "max_length": "[2, inf)",

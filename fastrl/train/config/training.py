@@ -31,6 +31,11 @@ class TrainConfig:
         adam_beta1, adam_beta2: decay of AdamW's running mean of the gradient and of its square.
         adam_epsilon: added to the root of the running mean of squares.
         max_grad_norm: gradients with a larger global norm are scaled down to it; 0 never scales.
+        use_peft: train a LoRA adapter and leave the weights of the model alone.
+        lora_r: rank of the adapter.
+        lora_alpha: the adapter's product is scaled by lora_alpha / lora_r.
+        lora_target_modules: linear layers with an adapter, such as q_proj; all-linear is all below the head.
+        load_in_4bit: keep the frozen model's linear layers in 4 bits (QLoRA); needs use_peft.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         dtype: compute precision; master weights and optimizer state are float32.
         device: where to train; auto takes a GPU when there is one.
@@ -66,6 +71,11 @@ class TrainConfig:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
+    use_peft: bool = False
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_target_modules: tuple[str, ...] = ("all-linear",)
+    load_in_4bit: bool = False
     gradient_checkpointing: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"

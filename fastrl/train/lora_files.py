@@ -1,0 +1,118 @@
+"""Adapters and what they make of their base, as files: peft's layout, and the layout of a model without adapters."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastrl.train.durable import write_directory
+from fastrl.train.lora import POLICY, active_adapters, add_lora, is_lora_layer, is_of_adapter
+from fastrl.train.model_directory import json_file
+from fastrl.train.quantize import dequantized, four_bit_layers, is_four_bit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PREFIX = "base_model.model."  # what peft puts before the names of the model it wraps
+
+
+@torch.no_grad()
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of the same model without adapters, its active adapters added to the weights.
+
+        W + (alpha / r) B A        summed in f32, in the base's dtype; a 4-bit base is dequantised
+
+    Returns:
+        name -> tensor under the names of the model before `add_lora`; what no adapter changes is not copied.
+    """
+    matrices = {f"{path}.weight": dequantized(layer) for path, layer in four_bit_layers(model)}
+    active = active_adapters(model)
+    for path, module in model.named_modules():
+        if not is_lora_layer(module):
+            continue
+        base = module.get_base_layer()
+        weight = dequantized(base) if is_four_bit(base) else base.weight
+        total = weight.float()
+        for name in active:
+            if name in module.lora_A:
+                total = total + module.get_delta_weight(name).float()
+        matrices[f"{path}.base_layer.weight"] = total.to(weight.dtype)
+    state = {}
+    for key, value in model.state_dict().items():
+        is_quantization = any(key.startswith(f"{name}.") for name in matrices)
+        if ".lora_A." in key or ".lora_B." in key or is_quantization:
+            continue
+        state[key.replace(".base_layer.", ".")] = matrices.get(key, value)
+    return state
+
+
+def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same class and configuration without adapters, quantisation or memory: for its save_pretrained."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain = type(model)(config)
+    if getattr(model, "generation_config", None) is not None:  # theirs: a model that only scores has none
+        plain.generation_config = model.generation_config
+    return plain
+
+
+def save_adapter(model: PreTrainedModel, directory: str | Path, *, name: str = POLICY) -> Path:
+    """Write one adapter as peft does, atomically: `PeftModel.from_pretrained(base, directory)` reads it.
+
+    Returns:
+        The directory, with adapter_config.json and adapter_model.safetensors.
+    """
+    path = Path(directory)
+    if path.exists() and not (path / "adapter_config.json").is_file():
+        raise ValueError(f"{path} exists and is no adapter; it would be replaced: choose another name")
+    weights = {
+        PREFIX + key.replace(f".{name}.", "."): parameter.detach().contiguous()
+        for key, parameter in model.named_parameters()
+        if is_of_adapter(key, name)
+    }
+
+    def write(fresh: Path) -> None:
+        config = copy.copy(model.peft_config[name])
+        config.inference_mode = True
+        config.target_modules = sorted(config.target_modules)
+        config.save_pretrained(str(fresh))
+        save_file(weights, fresh / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    write_directory(path, write)
+    return path
+
+
+@torch.no_grad()
+def load_adapter(model: PreTrainedModel, directory: str | Path, *, name: str, is_trainable: bool = False) -> None:
+    """Add the adapter that `save_adapter` wrote, in place; the active adapter stays the same unless it is the first.
+
+    Raises:
+        ValueError: no adapter there, or it was made for another model.
+    """
+    path = Path(directory)
+    config: dict[str, Any] = json_file(path / "adapter_config.json")
+    file = path / "adapter_model.safetensors"
+    if config.get("peft_type") != "LORA" or not file.is_file():
+        raise ValueError(f"{path} has no LoRA adapter (adapter_config.json, adapter_model.safetensors)")
+    targets = config["target_modules"]
+    if not isinstance(targets, list):
+        raise ValueError(f"{path}: target_modules must be a list of names, got {targets!r}; write them out")
+    add_lora(model, r=config["r"], alpha=config["lora_alpha"], seed=0, target_modules=sorted(targets), name=name)
+    saved = load_file(file)
+    own = {
+        PREFIX + key.replace(f".{name}.", "."): parameter
+        for key, parameter in model.named_parameters()
+        if is_of_adapter(key, name)
+    }
+    if saved.keys() != own.keys() or any(saved[key].shape != own[key].shape for key in own):
+        raise ValueError(f"{path} is an adapter of another model or of other layers than {type(model).__name__} has")
+    for key, parameter in own.items():
+        parameter.copy_(saved[key])
+        parameter.requires_grad_(is_trainable)
