@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fastrl.data.pack import pack
+from fastrl.losses.supervised import dft, nll
 from fastrl.report.preview import print_table
 from fastrl.train.config import SFTConfig
 from fastrl.train.contents import contents_of
@@ -42,7 +43,12 @@ def run(config: SFTConfig) -> int:
         _, _, total_steps = length_of(config, len(train.rows))
         model = model_of(config, gradient_checkpointing=config.gradient_checkpointing)
         write_environment(directory.path, device)
-        batch_loss = supervised_batch_loss(model, config.kernels, label_smoothing=config.label_smoothing)
+        batch_loss = supervised_batch_loss(
+            model,
+            config.kernels,
+            token_loss=dft if config.loss_type == "dft" else nll,
+            label_smoothing=config.label_smoothing,
+        )
 
         def step_of(rows: Sequence[Example]) -> Step:
             batches = packed(rows, token_budget=config.packing.token_budget, device=device)

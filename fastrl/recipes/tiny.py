@@ -71,6 +71,12 @@ def _sft(question: str, generator: random.Random) -> dict[str, Any]:
     return sorting.supervised_row(question)
 
 
+def _reverse(question: str, generator: random.Random) -> dict[str, Any]:
+    """The same questions with another answer: what a model that sorts has yet to learn."""
+    completion = [{"role": "assistant", "content": sorting.answer(question)[::-1]}]
+    return {"prompt": sorting.prompt_row(question)["prompt"], "completion": completion}
+
+
 def _prompts(question: str, generator: random.Random) -> dict[str, Any]:
     return sorting.prompt_row(question)
 
@@ -97,7 +103,7 @@ def swapped(digits: str, generator: random.Random) -> str:
 
 
 MAKE_MODEL: dict[str, Callable[[Path], None]] = {"base": _make_base, "warm": _make_warm}
-MAKE_ROW: dict[str, RowMaker] = {"sft": _sft, "prompts": _prompts, "preference": _preference}
+MAKE_ROW: dict[str, RowMaker] = {"sft": _sft, "reverse": _reverse, "prompts": _prompts, "preference": _preference}
 assert MAKE_MODEL.keys() == MODELS.keys()
 assert MAKE_ROW.keys() == FILES.keys()
 

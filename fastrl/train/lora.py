@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fastrl.train.quantize import silence_bitsandbytes
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -51,6 +53,7 @@ def add_lora(
     Raises:
         ValueError: a target that is no linear layer of the model's layers, or a name that is taken.
     """
+    silence_bitsandbytes()
     from peft import LoraConfig, inject_adapter_in_model
     from transformers.pytorch_utils import Conv1D
 

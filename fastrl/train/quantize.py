@@ -28,8 +28,7 @@ def four_bit(dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
     Raises:
         RuntimeError: bitsandbytes is not installed.
     """
-    # On a CPU with bfloat16 instructions its import would warn of an optional download; its own code works as well.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    silence_bitsandbytes()
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
@@ -46,6 +45,11 @@ def four_bit(dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
         ),
         "device_map": {"": device},
     }
+
+
+def silence_bitsandbytes() -> None:
+    """Let its import not warn, on CPUs with bfloat16 instructions, of a download it would like; peft imports it too."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def keep_differentiable(model: nn.Module) -> None:

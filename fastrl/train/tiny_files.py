@@ -18,6 +18,7 @@ MODELS = {
 }
 FILES = {
     "sft": "prompt and completion: six digits, and the digits sorted",
+    "reverse": "prompt and completion of another task: the digits sorted from large to small",
     "prompts": "prompt and answer, for rewards such as exact_match",
     "preference": "prompt, chosen (sorted) and rejected (two digits changed places)",
 }

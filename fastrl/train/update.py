@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from fastrl.algorithms.policy_gradient import PolicyGradient, policy_loss
 from fastrl.losses.supervised import nll
 from fastrl.ops.linear_cross_entropy import linear_cross_entropy
-from fastrl.ops.linear_token_loss import linear_token_loss
+from fastrl.ops.linear_token_loss import LossFunction, linear_token_loss
 from fastrl.train.config import KernelsBlock, TrainConfig
 from fastrl.train.metrics import means_of, sums_of
 from fastrl.train.model import hidden_states, model_head
@@ -82,8 +82,15 @@ def policy_batch_loss(
     return loss
 
 
-def supervised_batch_loss(model: PreTrainedModel, kernels: KernelsBlock, *, label_smoothing: float) -> BatchLoss:
-    """Cross entropy over trained tokens, as `update` calls it; entropy is logged where it costs nothing."""
+def supervised_batch_loss(
+    model: PreTrainedModel, kernels: KernelsBlock, *, token_loss: LossFunction = nll, label_smoothing: float = 0.0
+) -> BatchLoss:
+    """A supervised loss over trained tokens, as `update` calls it; entropy is logged where it costs nothing.
+
+    Args:
+        token_loss: `nll` or `dft` of `fastrl.losses.supervised`.
+        label_smoothing: above 0 it is smoothed cross entropy, whatever `token_loss` says.
+    """
 
     def smoothed(batch: TokenBatch) -> LossOutput:
         head = model_head(model)
@@ -108,7 +115,7 @@ def supervised_batch_loss(model: PreTrainedModel, kernels: KernelsBlock, *, labe
             hidden_states(model, batch),
             head.weight,
             batch.target,
-            nll,
+            token_loss,
             row_weight=batch.weight,
             skip_tolerance=kernels.skip_tolerance,
             bias=head.bias,

@@ -118,6 +118,8 @@ def _template(key: str, template: str) -> Problems:
 def _sft(config: SFTConfig) -> Problems:
     if config.truncate and config.max_length is None:
         yield "truncate: has no effect without max_length; set that too"
+    if config.label_smoothing and config.loss_type != "nll":
+        yield f"label_smoothing: has no place in loss_type {config.loss_type}; remove one of them"
     if config.max_length is not None and config.packing.token_budget < config.max_length:
         yield (
             f"packing.token_budget: {config.packing.token_budget} cannot hold one sequence of max_length "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fastrl.train.config.training import TrainConfig
 
@@ -14,6 +15,7 @@ class SFTConfig(TrainConfig):
     Attributes:
         completion_only_loss: train on completion tokens only (prompt-completion data).
         assistant_only_loss: train on assistant turns only (messages data).
+        loss_type: of one token: "nll" is cross entropy, "dft" weighs it by the token's own probability.
         label_smoothing: share of the target's probability spread over the vocabulary.
         max_length: sequences with more tokens are refused, or cut when truncate is set.
         truncate: cut over-long sequences on the right instead of refusing them; the count is logged.
@@ -21,6 +23,7 @@ class SFTConfig(TrainConfig):
 
     completion_only_loss: bool = True
     assistant_only_loss: bool = False
+    loss_type: Literal["nll", "dft"] = "nll"
     label_smoothing: float = 0.0
     max_length: int | None = 1024
     truncate: bool = False
