@@ -12,6 +12,7 @@ from fastrl.train.lora import add_lora
 from fastrl.train.model import load_model, load_tokenizer
 from fastrl.train.optimizer import MasterAdamW
 from fastrl.train.run_directory import RunDirectory
+from fastrl.train.score_model import has_score_head, load_score_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,6 +34,28 @@ def model_of(config: TrainConfig, *, gradient_checkpointing: bool = False) -> Pr
     """
     model = _base_of(config, gradient_checkpointing=gradient_checkpointing)
     add_lora_of(config, model)
+    return model
+
+
+def score_model_of(config: TrainConfig) -> PreTrainedModel:
+    """Read a model with a scalar head that the run trains: the head of a reward model's directory, else a fresh one.
+
+    With LoRA the adapter and the head train.
+    """
+    path = config.model_name_or_path
+    model = load_score_model(
+        path,
+        dtype=compute_dtype(config.dtype),
+        device=pick_device(config.device),
+        attn_implementation=config.attn_implementation,
+        gradient_checkpointing=config.gradient_checkpointing,
+        trust_remote_code=config.trust_remote_code,
+        load_in_4bit=config.load_in_4bit,
+        new_head=None if has_score_head(path) else 1.0,
+        seed=config.seed,
+    )
+    add_lora_of(config, model)
+    model.score.requires_grad_(True)
     return model
 
 

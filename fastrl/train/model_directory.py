@@ -52,6 +52,16 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in TOKENIZER_FILES)
 
 
+def context_length(path: str | Path) -> int | None:
+    """Most tokens that the model of a directory takes, as its configuration says; None when it does not."""
+    config = json_file(Path(path) / "config.json")
+    for source in (config, config.get("text_config", {})):
+        for name in ("max_position_embeddings", "n_positions"):
+            if name in source:
+                return int(source[name])
+    return None
+
+
 def check_weight_files(directory: Path) -> None:
     """Refuse a directory without safetensors, or with a damaged one; no tensor is read."""
     if not any(directory.glob("*.safetensors")):

@@ -26,6 +26,7 @@ from fastrl.train.export import save_pretrained
 from fastrl.train.model import check_packed_hidden, check_vocabulary, check_weights, hidden_states, make_packed
 from fastrl.train.model_directory import check_weight_files, json_file, model_directory
 from fastrl.train.progress_bars import without_load_report
+from fastrl.train.quantize import four_bit, keep_differentiable
 from fastrl.types import TokenBatch
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def load_score_model(
     attn_implementation: Implementation = "auto",
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    load_in_4bit: bool = False,
     new_head: float | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
@@ -82,12 +84,14 @@ def load_score_model(
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **(four_bit(dtype, device) if load_in_4bit else {}),
             ignore_mismatched_sizes=True,  # they are in the report, and refused below
         )
     head = getattr(model, "score", None)  # theirs: families of other shapes call it `classifier`, or give it layers
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ValueError(f"{type(model).__name__} has no linear head `score` without bias; use a decoder-only family")
     head.float()
+    keep_differentiable(model)
     if new_head is not None:
         deviation = new_head / (head.in_features + 1) ** 0.5
         generator = torch.Generator().manual_seed(seed)
@@ -103,8 +107,13 @@ def load_score_model(
 
 
 def has_score_head(path: str | Path) -> bool:
-    """Whether the safetensors files of a model directory hold a scalar head."""
-    directory = Path(path)
+    """Whether the safetensors files of a model directory hold a scalar head.
+
+    Raises:
+        ValueError: no model directory, or damaged files.
+    """
+    directory = model_directory(path, trust_remote_code=True)  # nothing of it runs here
+    check_weight_files(directory)
     index = _weight_index(directory)
     if index.suffix == ".json":
         return HEAD in json.loads(index.read_text(encoding="utf-8"))["weight_map"]

@@ -13,6 +13,7 @@ RANGES = {
     "adam_epsilon": "(0, inf)",
     "adaptive_kl_target": "(0, inf)",
     "beta": "[0, inf)",
+    "center_rewards_coefficient": "[0, inf)",
     "data.max_rows": "[1, inf)",
     "delta": "(1, inf)",
     "dynamic_sampling.max_rounds": "[0, inf)",
