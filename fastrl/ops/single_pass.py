@@ -62,7 +62,7 @@ def single_pass(
     loss, skipped_bound, stats = zeros[0].sum(), zeros[1].sum(), zeros[2:]
     head = head_operands(tensors, setting)
     total = HeadGradient(hidden, tensors, setting, needs) if any(needs) else None
-    for rows in _trained_chunks(plan, hidden):
+    for rows in trained_chunks(plan.row_weight, hidden.shape[0], plan.chunk_rows):
         of_rows, value, bound = _one_chunk(plan, head, operand(hidden[rows]), target[rows], rows, total)
         stats[:, rows] = torch.stack(of_rows[:3])
         loss = loss + value
@@ -84,15 +84,14 @@ def _one_chunk(
     return stats, value, _add_gradient(total, head, raw, chunk, rows, target, stats, grads, plan.skip_tolerance)
 
 
-def _trained_chunks(plan: Plan, hidden: Tensor) -> Iterator[slice | Tensor]:
+def trained_chunks(row_weight: Tensor | None, n: int, chunk_rows: int) -> Iterator[slice | Tensor]:
     """Places of the rows with a weight, a chunk at a time: slices when all have one, [C] indices otherwise."""
-    n = hidden.shape[0]
-    if plan.row_weight is not None:
-        trained = plan.row_weight.nonzero()[:, 0]
+    if row_weight is not None:
+        trained = row_weight.nonzero()[:, 0]
         if len(trained) < n:
-            yield from trained.split(plan.chunk_rows) if len(trained) else ()
+            yield from trained.split(chunk_rows) if len(trained) else ()
             return
-    yield from chunks(n, plan.chunk_rows)
+    yield from chunks(n, chunk_rows)
 
 
 def _weighted_loss(
