@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PREFIX = "base_model.model."  # what peft puts before the names of the model it wraps
+WEIGHTS = "adapter_model.safetensors"
+HEAD = "score.weight"
 
 
 @torch.no_grad()
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """The state of the same model without adapters, its active adapters added to the weights.
 
-        W + (alpha / r) B A        summed in f32, in the base's dtype; a 4-bit base is dequantised
+        W + (alpha / r) B A        summed in f32 or better, in the base's dtype; a 4-bit base is dequantised
 
     Returns:
         name -> tensor under the names of the model before `add_lora`; what no adapter changes is not copied.
@@ -37,10 +39,10 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
             continue
         base = module.get_base_layer()
         weight = dequantized(base) if is_four_bit(base) else base.weight
-        total = weight.float()
+        total = weight.to(torch.promote_types(weight.dtype, torch.float32))
         for name in active:
             if name in module.lora_A:
-                total = total + module.get_delta_weight(name).float()
+                total = total + module.get_delta_weight(name)
         matrices[f"{path}.base_layer.weight"] = total.to(weight.dtype)
     state = {}
     for key, value in model.state_dict().items():
@@ -66,6 +68,8 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
 def save_adapter(model: PreTrainedModel, directory: str | Path, *, name: str = POLICY) -> Path:
     """Write one adapter as peft does, atomically: `PeftModel.from_pretrained(base, directory)` reads it.
 
+    A model with a scalar head gives that too, which its training changed with the adapter.
+
     Returns:
         The directory, with adapter_config.json and adapter_model.safetensors.
     """
@@ -75,15 +79,17 @@ def save_adapter(model: PreTrainedModel, directory: str | Path, *, name: str = P
     weights = {
         PREFIX + key.replace(f".{name}.", "."): parameter.detach().contiguous()
         for key, parameter in model.named_parameters()
-        if is_of_adapter(key, name)
+        if is_of_adapter(key, name) or key == HEAD
     }
 
     def write(fresh: Path) -> None:
         config = copy.copy(model.peft_config[name])
+        if PREFIX + HEAD in weights:
+            config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
         config.inference_mode = True
         config.target_modules = sorted(config.target_modules)
         config.save_pretrained(str(fresh))
-        save_file(weights, fresh / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(weights, fresh / WEIGHTS, metadata={"format": "pt"})
 
     write_directory(path, write)
     return path
@@ -93,12 +99,14 @@ def save_adapter(model: PreTrainedModel, directory: str | Path, *, name: str = P
 def load_adapter(model: PreTrainedModel, directory: str | Path, *, name: str, is_trainable: bool = False) -> None:
     """Add the adapter that `save_adapter` wrote, in place; the active adapter stays the same unless it is the first.
 
+    A scalar head beside it is left there: see `adapter_head`.
+
     Raises:
         ValueError: no adapter there, or it was made for another model.
     """
     path = Path(directory)
     config: dict[str, Any] = json_file(path / "adapter_config.json")
-    file = path / "adapter_model.safetensors"
+    file = path / WEIGHTS
     if config.get("peft_type") != "LORA" or not file.is_file():
         raise ValueError(f"{path} has no LoRA adapter (adapter_config.json, adapter_model.safetensors)")
     targets = config["target_modules"]
@@ -106,6 +114,7 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, name: str, is
         raise ValueError(f"{path}: target_modules must be a list of names, got {targets!r}; write them out")
     add_lora(model, r=config["r"], alpha=config["lora_alpha"], seed=0, target_modules=sorted(targets), name=name)
     saved = load_file(file)
+    saved.pop(PREFIX + HEAD, None)
     own = {
         PREFIX + key.replace(f".{name}.", "."): parameter
         for key, parameter in model.named_parameters()
@@ -116,3 +125,18 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, name: str, is
     for key, parameter in own.items():
         parameter.copy_(saved[key])
         parameter.requires_grad_(is_trainable)
+
+
+def adapter_head(directory: str | Path) -> Tensor:
+    """[1, D] f32 the scalar head that `save_adapter` wrote beside an adapter.
+
+    Raises:
+        ValueError: there is none, so the adapter belongs to no reward model.
+    """
+    saved = load_file(Path(directory) / WEIGHTS)
+    if PREFIX + HEAD not in saved:
+        raise ValueError(
+            f"{Path(directory) / WEIGHTS} has no weight {PREFIX + HEAD!r}, so {directory} is the adapter of no reward "
+            "model; train one with fastrl reward --use_peft"
+        )
+    return saved[PREFIX + HEAD].float()

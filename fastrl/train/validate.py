@@ -18,6 +18,7 @@ from fastrl.train.config import (
     GRPOConfig,
     InferenceConfig,
     OverlongBlock,
+    PPOConfig,
     PRMConfig,
     RewardConfig,
     SamplerCorrectionBlock,
@@ -26,6 +27,7 @@ from fastrl.train.config import (
 )
 from fastrl.train.validate_files import dataset_problem, file_problem, model_problem, writable_problem
 from fastrl.train.validate_lora import lora_problems
+from fastrl.train.validate_ppo import ppo_problems
 from fastrl.train.validate_ranges import range_problems
 from fastrl.train.validate_reward_model import prm_problems, reward_problems
 from fastrl.train.validate_rewards import reward_problem
@@ -275,6 +277,7 @@ RULES: tuple[tuple[type, Callable[[Any], Problems]], ...] = (
     (TrainConfig, lora_problems),
     (SFTConfig, _sft),
     (GRPOConfig, _grpo),
+    (PPOConfig, ppo_problems),
     (RewardConfig, reward_problems),
     (PRMConfig, prm_problems),
     (InferenceConfig, _inference),

@@ -8,6 +8,7 @@ from fastrl.train.config.blocks import DataBlock, KernelsBlock, PackingBlock, Re
 from fastrl.train.config.grpo import DynamicSamplingBlock, GRPOConfig, SamplerCorrectionBlock
 from fastrl.train.config.inference import DemoConfig, EvalConfig, GenerateConfig, InferenceConfig
 from fastrl.train.config.on_policy import OnPolicyConfig, OverlongBlock
+from fastrl.train.config.ppo import PPOConfig
 from fastrl.train.config.reward_model import PRMConfig, RewardConfig
 from fastrl.train.config.sft import SFTConfig
 from fastrl.train.config.training import TrainConfig
@@ -23,6 +24,7 @@ __all__ = [
     "KernelsBlock",
     "OnPolicyConfig",
     "OverlongBlock",
+    "PPOConfig",
     "PRMConfig",
     "PackingBlock",
     "ReportBlock",
