@@ -40,7 +40,7 @@ def add_lora(
 
     The first adapter stays the active one, whatever is added later; `adapter` and `adapter_off` switch for a while.
     Parameters of adapters that were there keep their `requires_grad`; all others are frozen (switch a value head's on
-    again afterwards). Adapter weights are float32, beside a base of any precision.
+    again afterwards). An adapter has the precision its base computes in; the optimizer keeps float32 masters of it.
 
     Args:
         r: rank.
