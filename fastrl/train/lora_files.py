@@ -59,7 +59,7 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        plain = type(model)(config)
+        plain = type(model)(config).to(model.dtype)  # which its save_pretrained writes into the configuration
     if getattr(model, "generation_config", None) is not None:  # theirs: a model that only scores has none
         plain.generation_config = model.generation_config
     return plain
