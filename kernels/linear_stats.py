@@ -17,7 +17,15 @@ from torch import Tensor
 
 from fastrl.kernels.logit_map import MapArguments, outer_factor, squashed
 from fastrl.kernels.token_stats import LOWEST, combined
-from fastrl.kernels.tuning import PRODUCT_FLOAT32, ProductTile, audited, interprets, product_tile, product_tiles
+from fastrl.kernels.tuning import (
+    PRODUCT_FLOAT32,
+    ROUNDING,
+    ProductTile,
+    audited,
+    interprets,
+    product_tile,
+    product_tiles,
+)
 
 
 def forward(
@@ -69,6 +77,7 @@ def forward(
                 GROUP=tile.group,
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
+                **ROUNDING,
             )
     return combined(partial, taken, target, v)
 

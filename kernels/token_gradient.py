@@ -16,7 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrl.kernels.logit_map import MapArguments, outer_factor, squashed
-from fastrl.kernels.tuning import GRADIENT_ROWS, RowTile, audited, memory_columns, row_tile, row_tiles, wide_row_tiles
+from fastrl.kernels.tuning import (
+    GRADIENT_ROWS,
+    ROUNDING,
+    RowTile,
+    audited,
+    memory_columns,
+    row_tile,
+    row_tiles,
+    wide_row_tiles,
+)
 
 # A row's narrower gradient replaces the row where a barrier waits for loads under way: AMD's does not.
 CAN_NARROW_IN_PLACE = torch.version.hip is None
@@ -75,6 +84,7 @@ def backward(
             BLOCK_V=tile.block_v,
             PREFETCH=tile.prefetch,
             num_warps=tile.num_warps,
+            **ROUNDING,
         )
 
 
@@ -104,10 +114,16 @@ def probability(raw: Tensor, lse: Tensor, out: Tensor, logit_map: MapArguments, 
             OUTER=logit_map.outer,
             BLOCK_V=tile.block_v,
             num_warps=tile.num_warps,
+            **ROUNDING,
         )
 
 
-@triton.jit
+# A row's own numbers lie wherever its chunk begins: where, is no reason to compile again.
+_OF_ROWS = ["index_ptr", "target_ptr", "logprob_ptr", "entropy_ptr", "lse_ptr", "temperature_ptr"]
+_OF_ROWS += ["d_logprob_ptr", "d_entropy_ptr", "d_lse_ptr", "d_mean_ptr"]
+
+
+@triton.jit(do_not_specialize_on_alignment=_OF_ROWS)
 def _row_gradient(
     source_ptr,
     out_ptr,
@@ -195,7 +211,7 @@ def _target_gradient(logprob, entropy, a, b, l):  # noqa: E741
     return a * complement + p * (l - b * (tl.where(logprob < LOG_ZERO, LOG_ZERO, logprob) + entropy))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["lse_ptr", "temperature_ptr"])
 def _probability(
     raw_ptr,
     lse_ptr,

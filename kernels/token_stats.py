@@ -20,6 +20,7 @@ from torch import Tensor
 from fastrl.kernels.logit_map import MapArguments, outer_factor, squashed
 from fastrl.kernels.tuning import (
     COMBINE,
+    ROUNDING,
     ROWS,
     RowTile,
     audited,
@@ -69,6 +70,7 @@ def forward(
                 BLOCK_V=tile.block_v,
                 PREFETCH=tile.prefetch,
                 num_warps=tile.num_warps,
+                **ROUNDING,
             )
     return combined(partial, taken, target, v)
 
@@ -92,11 +94,15 @@ def combined(partial: Tensor, taken: Tensor, target: Tensor, v: int) -> Tensor:
                 BLOCK_N=COMBINE.rows,
                 BLOCK_P=COMBINE.parts,
                 num_warps=COMBINE.num_warps,
+                **ROUNDING,
             )
     return stats
 
 
-@triton.jit(do_not_specialize=["n_rows", "blocks"])
+@triton.jit(
+    do_not_specialize=["n_rows", "blocks"],
+    do_not_specialize_on_alignment=["target_ptr", "temperature_ptr", "taken_ptr"],
+)
 def _row_partials(
     raw_ptr,
     target_ptr,

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 INTERPRETED = "interpreted"  # the architecture of CPU tensors: tiles small enough that tests cross their borders
+ROUNDING = {"enable_fp_fusion": True}  # Triton's default before 3.10, and what the audit compiles
 OTHER = "other"  # an architecture without a row of its own: 64 KiB of shared memory are enough
 
 
@@ -219,4 +220,5 @@ def audited(
         for name in kernel.arg_names
     }
     entry = {"kernel": kernel, "signature": signature, "constexprs": given, "num_warps": num_warps}
-    return entry | {"num_stages": num_stages, "tensor_core": tensor_core} | ({"targets": targets} if targets else {})
+    entry |= {"num_stages": num_stages, "options": ROUNDING, "tensor_core": tensor_core}
+    return entry | ({"targets": targets} if targets else {})

@@ -43,7 +43,7 @@ def test_every_configuration_fits_one_of_its_chips_in_rotation(modules):
     assert all(0 < record.registers < 255 for record in records)
 
 
-PLANTED = '''
+PLANTED = """
 import triton
 import triton.language as tl
 
@@ -68,7 +68,7 @@ AUDIT = (
     entry(128, 4, constexprs={"BROKEN": True}),
     entry(128, 4, tensor_core=True),
 )
-'''
+"""
 
 
 def test_planted_violations_end_the_command_with_code_1_and_a_line_for_each(tmp_path):
