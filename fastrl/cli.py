@@ -18,7 +18,7 @@ from typing import Any
 from fastrl import __version__
 from fastrl.command.fields import options, summary
 from fastrl.command.settings import Refused, Setting, closest, read_flags, read_yaml, unknown_keys
-from fastrl.train.config import DemoConfig, EvalConfig, GenerateConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
+from fastrl.train.config import DemoConfig, EvalConfig, GenerateConfig, GRPOConfig, PPOConfig, PRMConfig, RewardConfig, SFTConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,7 @@ RECIPES: dict[str, Recipe] = {
     "ppo": Recipe(PPOConfig, "fastrl.recipes.ppo", has_dry_run=True),
     "grpo": Recipe(GRPOConfig, "fastrl.recipes.grpo", has_dry_run=True),
     "reward": Recipe(RewardConfig, "fastrl.recipes.reward", has_dry_run=True),
+    "prm": Recipe(PRMConfig, "fastrl.recipes.prm", has_dry_run=True),
     "eval": Recipe(EvalConfig, "fastrl.recipes.evaluate"),
     "generate": Recipe(GenerateConfig, "fastrl.recipes.generate"),
 }

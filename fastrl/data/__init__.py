@@ -16,6 +16,7 @@ from fastrl.data.formats import (
     detect_format,
 )
 from fastrl.data.implicit_prompt import with_prompt
+from fastrl.data.judgements import judgement_rows
 from fastrl.data.pack import TokenSequence, pack, unpack, unpack_columns
 from fastrl.data.problems import DataError, Problem
 from fastrl.data.readers import Row, Rows, apply_columns, read_rows
@@ -54,6 +55,7 @@ __all__ = [
     "encode_prompt_completion",
     "encode_text",
     "find_overlap",
+    "judgement_rows",
     "pack",
     "read_chat_template",
     "read_rows",

@@ -12,6 +12,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fastrl.data.judgements import judgement_rows
 from fastrl.recipes import sorting
 from fastrl.train.tiny_files import FILES, MODELS, PREFIX, is_tiny
 
@@ -91,6 +92,47 @@ def _preference(question: str, generator: random.Random) -> dict[str, Any]:
     }
 
 
+def _unpaired(question: str, generator: random.Random) -> dict[str, Any]:
+    """One answer of a pair, and whether it is the right one."""
+    pair = _preference(question, generator)
+    is_right = generator.random() < 0.5
+    return {"prompt": pair["prompt"], "completion": pair["chosen" if is_right else "rejected"], "label": is_right}
+
+
+def _ranked(question: str, generator: random.Random) -> dict[str, Any]:
+    """The sorted digits and three answers with more and more digits out of place, in any order."""
+    right = sorting.answer(question)
+    answers = [right]
+    while len(answers) < 4:
+        answers.append(swapped(answers[-1], generator))
+    generator.shuffle(answers)
+    return {
+        "prompt": sorting.prompt_row(question)["prompt"],
+        "completions": [[{"role": "assistant", "content": answer}] for answer in answers],
+        "scores": [sum(map(str.__eq__, answer, right)) / len(right) for answer in answers],
+    }
+
+
+def _steps(question: str, generator: random.Random) -> dict[str, Any]:
+    """The digits in order, one a step; in half of the rows two have changed places."""
+    right = sorting.answer(question)
+    written = right if generator.random() < 0.5 else swapped(right, generator)
+    return {
+        "prompt": sorting.prompt_row(question)["prompt"],
+        "completions": [[{"role": "assistant", "content": digit}] for digit in written],
+        "labels": [digit == expected for digit, expected in zip(written, right, strict=True)],
+    }
+
+
+def _judgements(question: str, generator: random.Random) -> dict[str, Any]:
+    """A right answer or one with two digits exchanged, and the verdict; `answer` is for exact_match."""
+    right = sorting.answer(question)
+    is_right = generator.random() < 0.5
+    labelled = {"prompt": question, "completion": right if is_right else swapped(right, generator), "label": is_right}
+    (row,) = judgement_rows(labelled, template="{prompt}{completion}", verdicts=("1", "0"))
+    return row | {"answer": row["completion"][0]["content"]}
+
+
 def swapped(digits: str, generator: random.Random) -> str:
     """The digits with two different ones exchanged; a number of one digit six times gets another last digit."""
     places = [(i, j) for i in range(len(digits)) for j in range(i) if digits[i] != digits[j]]
@@ -103,7 +145,16 @@ def swapped(digits: str, generator: random.Random) -> str:
 
 
 MAKE_MODEL: dict[str, Callable[[Path], None]] = {"base": _make_base, "warm": _make_warm}
-MAKE_ROW: dict[str, RowMaker] = {"sft": _sft, "reverse": _reverse, "prompts": _prompts, "preference": _preference}
+MAKE_ROW: dict[str, RowMaker] = {
+    "sft": _sft,
+    "reverse": _reverse,
+    "prompts": _prompts,
+    "preference": _preference,
+    "unpaired": _unpaired,
+    "ranked": _ranked,
+    "steps": _steps,
+    "judgements": _judgements,
+}
 assert MAKE_MODEL.keys() == MODELS.keys()
 assert MAKE_ROW.keys() == FILES.keys()
 

@@ -21,6 +21,10 @@ FILES = {
     "reverse": "prompt and completion of another task: the digits sorted from large to small",
     "prompts": "prompt and answer, for rewards such as exact_match",
     "preference": "prompt, chosen (sorted) and rejected (two digits changed places)",
+    "unpaired": "prompt, completion (as in preference) and label: is it sorted?",
+    "ranked": "prompt, four completions and their scores: the share of digits in the right place",
+    "steps": "prompt, six steps of one digit, and a label for each: is it the next digit in order?",
+    "judgements": "a question with an answer as the prompt; completion 1 when it is sorted, else 0",
 }
 
 
