@@ -18,7 +18,16 @@ from typing import Any
 from fastrl import __version__
 from fastrl.command.fields import options, summary
 from fastrl.command.settings import Refused, Setting, closest, read_flags, read_yaml, unknown_keys
-from fastrl.train.config import DemoConfig, EvalConfig, GenerateConfig, GRPOConfig, PPOConfig, PRMConfig, RewardConfig, SFTConfig
+from fastrl.train.config import (
+    DemoConfig,
+    EvalConfig,
+    GenerateConfig,
+    GRPOConfig,
+    PPOConfig,
+    PRMConfig,
+    RewardConfig,
+    SFTConfig,
+)
 
 
 @dataclass(frozen=True, slots=True)
