@@ -79,7 +79,7 @@ def set_up(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, *, output_dir:
         ValueError: bad rows, sequences that will not fit, or models that do not fit together.
     """
     check_backend(config.kernels.backend, pick_device(config.device))
-    rewards = resolve_rewards(config.reward_funcs, config.reward_weights)
+    rewards = resolve_rewards(config.reward_funcs, config.reward_weights) if config.reward_funcs else []
     load = partial(prompts_of, config, tokenizer, rewards, output_dir=output_dir)
     prompts = load(config.train_dataset)
     held_out = load(config.eval_dataset) if config.eval_dataset else []
