@@ -69,7 +69,7 @@ def test_a_whole_batch_through_the_head_has_the_rows_it_has_alone(device, sizes)
     (d_few,) = torch.autograd.grad(-truth.logprob.sum(), few)
     for got, exact in zip(result.stats, truth, strict=True):
         torch.testing.assert_close(got[rows].double(), exact.detach(), rtol=1e-4, atol=1e-4)
-    slack = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    slack = 5e-3 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(d_hidden[rows].double(), d_few, rtol=slack, atol=slack)
     # Each row's d logits sum to 0 over the tokens, and so do the columns of d weight: a lost or doubled tile shows.
     scale = d_weight.double().abs().sum(0)
