@@ -199,7 +199,7 @@ def syncs(device: str, mode: str) -> Iterator[list[str]]:
         finally:
             if device == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-            found += [str(x.message) for x in caught if "synchronizing" in str(x.message)]
+            found += [str(x.message) for x in caught if "called a synchronizing" in str(x.message)]
 
 
 @on(cpu=(40, 16, 300), cuda=(4096, 1024, 50257))
