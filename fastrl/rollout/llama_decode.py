@@ -9,6 +9,7 @@ product, so are gate and up, residuals are added by the product that ends a bloc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,12 +71,16 @@ def is_known(model: PreTrainedModel) -> bool:
 
     Every part must be of the class that transformers gives it (norms, attention and feed-forward layers may be of a
     subclass), without hooks or a forward of its own; no window, silu, angles that depend on the position alone, no
-    bias but that of query, key and value.
+    bias but that of query, key and value. Linear layers may have LoRA adapters of peft where their sum with the weight
+    may be copied: it is small, and of a precision that does not round the adapter away.
     """
     if type(model) not in _FAMILIES:
         return False
     exact, extensible = _FAMILIES[type(model)]
-    for module in model.modules():
+    adapted = [module.weight for module in model.modules() if _has_adapter(module)]
+    if adapted and (adapted[0].dtype != torch.float32 or sum(weight.nbytes for weight in adapted) > FUSED_BYTES):
+        return False
+    for module in _parts(model):
         if type(module) not in exact and not isinstance(module, extensible):
             return False
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
@@ -93,6 +98,20 @@ def is_known(model: PreTrainedModel) -> bool:
     )
 
 
+def _parts(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module; of a linear layer with adapters the layer below them alone."""
+    inside = ""
+    for path, module in model.named_modules():
+        if inside and path.startswith(inside):
+            continue
+        inside = f"{path}." if _has_adapter(module) else ""
+        yield module.base_layer if inside else module  # type: ignore[misc]
+
+
+def _has_adapter(module: nn.Module) -> bool:
+    return hasattr(module, "get_delta_weight")
+
+
 class LlamaDecode:
     """The weights of a model `is_known` accepts, laid out for decoding; valid until they change.
 
@@ -100,7 +119,8 @@ class LlamaDecode:
         model: read once, now.
         context: positions to prepare rotations for.
 
-    Cost: a copy of each layer's input matrices when all of them fit FUSED_BYTES; else views alone.
+    Cost: a copy of each layer's input matrices when all of them fit FUSED_BYTES; else views alone, and sums where there
+        are adapters.
     """
 
     @torch.no_grad()
@@ -161,20 +181,29 @@ class LlamaDecode:
             qkv=(torch.cat(qkv),) if is_fused else qkv,
             qkv_bias=None if biases[0] is None else torch.cat(biases),
             head_norm=head_norm,
-            output=attention.o_proj.weight.detach().t(),
+            output=_matrix(attention.o_proj).t(),
             mlp_norm=layer.post_attention_layernorm.weight.detach(),
             gate_up=(torch.cat(gate_up),) if is_fused else gate_up,
-            down=mlp.down_proj.weight.detach().t(),
+            down=_matrix(mlp.down_proj).t(),
         )
 
 
 def _qkv(layer: Any) -> tuple[Tensor, ...]:
     attention = layer.self_attn
-    return tuple(part.weight.detach() for part in (attention.q_proj, attention.k_proj, attention.v_proj))
+    return tuple(_matrix(part) for part in (attention.q_proj, attention.k_proj, attention.v_proj))
 
 
 def _gate_up(layer: Any) -> tuple[Tensor, ...]:
-    return layer.mlp.gate_proj.weight.detach(), layer.mlp.up_proj.weight.detach()
+    return _matrix(layer.mlp.gate_proj), _matrix(layer.mlp.up_proj)
+
+
+def _matrix(linear: Any) -> Tensor:
+    """[out, in] what a linear layer multiplies with: its weight, and its active adapters where it has some."""
+    weight: Tensor = linear.weight.detach()
+    for name in linear.active_adapters if _has_adapter(linear) else ():
+        if name in linear.lora_A:
+            weight = weight + linear.get_delta_weight(name)
+    return weight
 
 
 def _product(x: Tensor, weights: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:

@@ -114,6 +114,27 @@ def test_label_smoothing_raises_the_loss_of_the_same_model(base: Base, tmp_path:
     assert abs(smoothed - plain) < 0.2 * plain
 
 
+def test_dft_weighs_each_token_by_its_own_probability(base: Base, tmp_path: Path) -> None:
+    data = str(ragged(base, tmp_path / "ragged.jsonl"))
+    line = run(base, tmp_path / "dft", train_dataset=data, max_steps=1, loss_type="dft")[0]
+    model = load_model(base.model, dtype=torch.float32, device="cpu")
+    config = sft_config(base, tmp_path / "dft", train_dataset=data)
+    examples = load_examples(data, load_tokenizer(base.model, chat_template=None), config, output_dir=None).rows
+    losses = []
+    for example in (examples[row] for row in epoch_order(40, 42, 0)[:8]):
+        logp = model(input_ids=torch.tensor([example.ids])).logits[0].log_softmax(-1)
+        taken = logp[:-1].gather(1, torch.tensor(example.ids[1:])[:, None])[:, 0]
+        losses.append((-taken.detach().exp() * taken)[torch.tensor(example.is_trained[1:])])
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    plain = run(base, tmp_path / "nll", train_dataset=data, max_steps=1)[0]
+    assert plain["logps"] == line["logps"]
+    assert line["loss"] < plain["loss"]
+
+
 def test_training_learns_and_the_seed_decides_the_order(base: Base, tmp_path: Path) -> None:
     lines = run(base, tmp_path / "a", max_steps=12)
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
