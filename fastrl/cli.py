@@ -20,13 +20,16 @@ from fastrl.command.fields import options, summary
 from fastrl.command.settings import Refused, Setting, closest, read_flags, read_yaml, unknown_keys
 from fastrl.train.config import (
     DemoConfig,
+    DistillConfig,
     EvalConfig,
     GenerateConfig,
+    GKDConfig,
     GRPOConfig,
     PPOConfig,
     PRMConfig,
     RewardConfig,
     SFTConfig,
+    TeacherConfig,
 )
 
 
@@ -52,6 +55,9 @@ RECIPES: dict[str, Recipe] = {
     "grpo": Recipe(GRPOConfig, "fastrl.recipes.grpo", has_dry_run=True),
     "reward": Recipe(RewardConfig, "fastrl.recipes.reward", has_dry_run=True),
     "prm": Recipe(PRMConfig, "fastrl.recipes.prm", has_dry_run=True),
+    "distill": Recipe(DistillConfig, "fastrl.recipes.distill"),
+    "gkd": Recipe(GKDConfig, "fastrl.recipes.gkd"),
+    "teacher": Recipe(TeacherConfig, "fastrl.recipes.teacher"),
     "eval": Recipe(EvalConfig, "fastrl.recipes.evaluate"),
     "generate": Recipe(GenerateConfig, "fastrl.recipes.generate"),
 }

@@ -50,17 +50,17 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
-def make_base_model(folder: Path, *, seed: int) -> None:
-    """Write a Qwen3 of 0.1 M parameters with random weights and the task's tokenizer."""
+def make_base_model(folder: Path, *, seed: int, hidden_size: int = 64, layers: int = 2) -> None:
+    """Write a Qwen3, of 0.1 M parameters by default, with random weights and the task's tokenizer."""
     from fastrl.train.export import save_pretrained
     from fastrl.train.tiny import make_tiny_qwen3
 
     tokenizer = make_tokenizer()
     model = make_tiny_qwen3(
         len(tokenizer),
-        hidden_size=64,
-        layers=2,
-        intermediate_size=128,
+        hidden_size=hidden_size,
+        layers=layers,
+        intermediate_size=2 * hidden_size,
         context=64,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

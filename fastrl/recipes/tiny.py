@@ -58,12 +58,25 @@ def _make_base(folder: Path) -> None:
     sorting.make_base_model(folder, seed=0)
 
 
+def _make_student(folder: Path) -> None:
+    sorting.make_base_model(folder, seed=0, hidden_size=32, layers=1)
+
+
 def _make_warm(folder: Path) -> None:
+    _train(folder, max_steps=60)
+
+
+def _make_sorted(folder: Path) -> None:
+    _train(folder, max_steps=160)
+
+
+def _train(folder: Path, *, max_steps: int) -> None:
     from fastrl.recipes import sft
 
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "sft"
-        code = sft.run(sorting.sft_config(made("base"), run, made("sft"), seed=0))
+        config = sorting.sft_config(made("base"), run, made("sft"), seed=0)
+        code = sft.run(replace(config, max_steps=max_steps))
         assert code == 0, "nobody may interrupt a run of a few seconds but the user"
         shutil.move(run / "model", folder)
 
@@ -144,7 +157,12 @@ def swapped(digits: str, generator: random.Random) -> str:
     return "".join(changed)
 
 
-MAKE_MODEL: dict[str, Callable[[Path], None]] = {"base": _make_base, "warm": _make_warm}
+MAKE_MODEL: dict[str, Callable[[Path], None]] = {
+    "base": _make_base,
+    "warm": _make_warm,
+    "sorted": _make_sorted,
+    "student": _make_student,
+}
 MAKE_ROW: dict[str, RowMaker] = {
     "sft": _sft,
     "reverse": _reverse,

@@ -53,11 +53,14 @@ class Rows(Generic[Row]):
         train: rows to learn from, in file order.
         held_out: rows to evaluate on; may be empty.
         step_of: rows -> a step. Evaluation calls it with all held-out rows, under no_grad.
+        sampled_step: rows and their places in the run, counted over all epochs -> a step to learn from, for recipes
+            that sample first: seeds made of places are those of a run that was never stopped. None: `step_of`.
     """
 
     train: Sequence[Row]
     held_out: Sequence[Row]
     step_of: Callable[[Sequence[Row]], Step]
+    sampled_step: Callable[[Sequence[Row], Sequence[int]], Step] | None = None
 
 
 def fit(
@@ -110,7 +113,8 @@ def steps(
         started = perf_counter()
         first = progress.step * batch_size
         ordinals = range(first, min(first + batch_size, end))
-        step = rows.step_of([rows.train[row_at(i, n=len(rows.train), seed=config.seed)] for i in ordinals])
+        drawn = [rows.train[row_at(i, n=len(rows.train), seed=config.seed)] for i in ordinals]
+        step = rows.step_of(drawn) if rows.sampled_step is None else rows.sampled_step(drawn, ordinals)
         rate = learning_rate_at(
             progress.step,
             peak=config.learning_rate,

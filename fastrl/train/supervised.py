@@ -10,7 +10,7 @@ from fastrl.data.formats import MESSAGES, PROMPT_COMPLETION, TEXT, Format
 from fastrl.data.problems import DataError, Problem
 from fastrl.data.readers import Row
 from fastrl.data.tokenize import encode_messages, encode_prompt_completion, encode_text
-from fastrl.train.config import SFTConfig
+from fastrl.train.config import DistillConfig, SFTConfig, TeacherConfig
 from fastrl.train.prompts import load_rows, set_aside
 
 
@@ -30,7 +30,9 @@ class Examples:
     n_truncated: int
 
 
-def load_examples(path: str, tokenizer: Any, config: SFTConfig, *, output_dir: str | None) -> Examples:
+def load_examples(
+    path: str, tokenizer: Any, config: SFTConfig | DistillConfig | TeacherConfig, *, output_dir: str | None
+) -> Examples:
     """Read a file of text, messages or prompt-completion rows and encode it.
 
     Args:
@@ -59,7 +61,7 @@ def load_examples(path: str, tokenizer: Any, config: SFTConfig, *, output_dir: s
     return Examples(encoded, n_truncated)
 
 
-def _cut(example: Example, config: SFTConfig, place: str) -> Example:
+def _cut(example: Example, config: SFTConfig | DistillConfig | TeacherConfig, place: str) -> Example:
     """The example within `max_length` and the token budget, or the reason why it is refused."""
     n, limit = len(example.ids), config.max_length
     if limit is not None and n > limit and config.truncate:
@@ -77,7 +79,7 @@ def _cut(example: Example, config: SFTConfig, place: str) -> Example:
 
 
 def _encode(
-    tokenizer: Any, row: Row, format: Format, config: SFTConfig, place: str
+    tokenizer: Any, row: Row, format: Format, config: SFTConfig | DistillConfig | TeacherConfig, place: str
 ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
     if format.columns == TEXT.columns:
         return encode_text(tokenizer, row["text"], place=place)

@@ -15,6 +15,8 @@ PREFIX = "tiny:"
 MODELS = {
     "base": "a Qwen3 of 0.1 M parameters with random weights, and its tokenizer",
     "warm": "base after 60 steps of SFT: sorts some of the numbers",
+    "sorted": "base after 160 steps of SFT: sorts nearly all of them",
+    "student": "a Qwen3 of an eighth of base's size with random weights, and the same tokenizer",
 }
 FILES = {
     "sft": "prompt and completion: six digits, and the digits sorted",

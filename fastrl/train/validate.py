@@ -13,8 +13,10 @@ from typing import Any
 
 from fastrl.train.config import (
     DataBlock,
+    DistillConfig,
     EvalConfig,
     GenerateConfig,
+    GKDConfig,
     GRPOConfig,
     InferenceConfig,
     OverlongBlock,
@@ -23,8 +25,10 @@ from fastrl.train.config import (
     RewardConfig,
     SamplerCorrectionBlock,
     SFTConfig,
+    TeacherConfig,
     TrainConfig,
 )
+from fastrl.train.validate_distillation import distill_problems, gkd_problems, teacher_problems
 from fastrl.train.validate_files import dataset_problem, file_problem, model_problem, writable_problem
 from fastrl.train.validate_lora import lora_problems
 from fastrl.train.validate_ppo import ppo_problems
@@ -280,6 +284,9 @@ RULES: tuple[tuple[type, Callable[[Any], Problems]], ...] = (
     (PPOConfig, ppo_problems),
     (RewardConfig, reward_problems),
     (PRMConfig, prm_problems),
+    (DistillConfig, distill_problems),
+    (GKDConfig, gkd_problems),
+    (TeacherConfig, teacher_problems),
     (InferenceConfig, _inference),
     (EvalConfig, _eval),
     (GenerateConfig, _generate),

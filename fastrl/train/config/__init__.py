@@ -5,6 +5,7 @@ Nothing here imports torch: a wrong key is refused before anything heavy is load
 """
 
 from fastrl.train.config.blocks import DataBlock, KernelsBlock, PackingBlock, ReportBlock, RolloutBlock
+from fastrl.train.config.distillation import DistillConfig, GKDConfig, TeacherConfig
 from fastrl.train.config.grpo import DynamicSamplingBlock, GRPOConfig, SamplerCorrectionBlock
 from fastrl.train.config.inference import DemoConfig, EvalConfig, GenerateConfig, InferenceConfig
 from fastrl.train.config.on_policy import OnPolicyConfig, OverlongBlock
@@ -16,8 +17,10 @@ from fastrl.train.config.training import TrainConfig
 __all__ = [
     "DataBlock",
     "DemoConfig",
+    "DistillConfig",
     "DynamicSamplingBlock",
     "EvalConfig",
+    "GKDConfig",
     "GRPOConfig",
     "GenerateConfig",
     "InferenceConfig",
@@ -32,5 +35,6 @@ __all__ = [
     "RolloutBlock",
     "SFTConfig",
     "SamplerCorrectionBlock",
+    "TeacherConfig",
     "TrainConfig",
 ]
