@@ -19,15 +19,20 @@ from fastrl import __version__
 from fastrl.command.fields import options, summary
 from fastrl.command.settings import Refused, Setting, closest, read_flags, read_yaml, unknown_keys
 from fastrl.train.config import (
+    CPOConfig,
     DemoConfig,
     DistillConfig,
+    DPOConfig,
     EvalConfig,
     GenerateConfig,
     GKDConfig,
     GRPOConfig,
+    KTOConfig,
+    ORPOConfig,
     PPOConfig,
     PRMConfig,
     RewardConfig,
+    RRHFConfig,
     SFTConfig,
     TeacherConfig,
 )
@@ -53,6 +58,11 @@ RECIPES: dict[str, Recipe] = {
     "sft": Recipe(SFTConfig, "fastrl.recipes.sft", has_dry_run=True),
     "ppo": Recipe(PPOConfig, "fastrl.recipes.ppo", has_dry_run=True),
     "grpo": Recipe(GRPOConfig, "fastrl.recipes.grpo", has_dry_run=True),
+    "dpo": Recipe(DPOConfig, "fastrl.recipes.dpo", has_dry_run=True),
+    "cpo": Recipe(CPOConfig, "fastrl.recipes.cpo", has_dry_run=True),
+    "orpo": Recipe(ORPOConfig, "fastrl.recipes.orpo", has_dry_run=True),
+    "kto": Recipe(KTOConfig, "fastrl.recipes.kto"),
+    "rrhf": Recipe(RRHFConfig, "fastrl.recipes.rrhf"),
     "reward": Recipe(RewardConfig, "fastrl.recipes.reward", has_dry_run=True),
     "prm": Recipe(PRMConfig, "fastrl.recipes.prm", has_dry_run=True),
     "distill": Recipe(DistillConfig, "fastrl.recipes.distill"),

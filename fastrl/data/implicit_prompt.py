@@ -18,7 +18,8 @@ def with_prompt(row: Row) -> Row:
     Raises:
         DataError: chosen and rejected have no common start, or one of them is the start of the other.
     """
-    chosen, rejected = row.get("chosen"), row.get("rejected")
+    chosen: Any = row.get("chosen")
+    rejected: Any = row.get("rejected")
     if not (isinstance(chosen, str) and isinstance(rejected, str)) and not (_is_list(chosen) and _is_list(rejected)):
         return row
     prompt = row.get("prompt")

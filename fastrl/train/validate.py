@@ -12,16 +12,22 @@ from string import Formatter
 from typing import Any
 
 from fastrl.train.config import (
+    CPOConfig,
     DataBlock,
     DistillConfig,
+    DPOConfig,
     EvalConfig,
     GenerateConfig,
     GKDConfig,
     GRPOConfig,
     InferenceConfig,
+    KTOConfig,
+    ORPOConfig,
     OverlongBlock,
     PPOConfig,
+    PreferenceConfig,
     PRMConfig,
+    ReferenceConfig,
     RewardConfig,
     SamplerCorrectionBlock,
     SFTConfig,
@@ -32,6 +38,14 @@ from fastrl.train.validate_distillation import distill_problems, gkd_problems, t
 from fastrl.train.validate_files import dataset_problem, file_problem, model_problem, writable_problem
 from fastrl.train.validate_lora import lora_problems
 from fastrl.train.validate_ppo import ppo_problems
+from fastrl.train.validate_preference import (
+    cpo_problems,
+    dpo_problems,
+    kto_problems,
+    orpo_problems,
+    preference_problems,
+    reference_problems,
+)
 from fastrl.train.validate_ranges import range_problems
 from fastrl.train.validate_reward_model import prm_problems, reward_problems
 from fastrl.train.validate_rewards import reward_problem
@@ -282,6 +296,12 @@ RULES: tuple[tuple[type, Callable[[Any], Problems]], ...] = (
     (SFTConfig, _sft),
     (GRPOConfig, _grpo),
     (PPOConfig, ppo_problems),
+    (PreferenceConfig, preference_problems),
+    (ReferenceConfig, reference_problems),
+    (DPOConfig, dpo_problems),
+    (CPOConfig, cpo_problems),
+    (ORPOConfig, orpo_problems),
+    (KTOConfig, kto_problems),
     (RewardConfig, reward_problems),
     (PRMConfig, prm_problems),
     (DistillConfig, distill_problems),

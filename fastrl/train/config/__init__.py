@@ -10,11 +10,22 @@ from fastrl.train.config.grpo import DynamicSamplingBlock, GRPOConfig, SamplerCo
 from fastrl.train.config.inference import DemoConfig, EvalConfig, GenerateConfig, InferenceConfig
 from fastrl.train.config.on_policy import OnPolicyConfig, OverlongBlock
 from fastrl.train.config.ppo import PPOConfig
+from fastrl.train.config.preference import (
+    CPOConfig,
+    DPOConfig,
+    KTOConfig,
+    ORPOConfig,
+    PreferenceConfig,
+    ReferenceConfig,
+    RRHFConfig,
+)
 from fastrl.train.config.reward_model import PRMConfig, RewardConfig
 from fastrl.train.config.sft import SFTConfig
 from fastrl.train.config.training import TrainConfig
 
 __all__ = [
+    "CPOConfig",
+    "DPOConfig",
     "DataBlock",
     "DemoConfig",
     "DistillConfig",
@@ -24,12 +35,17 @@ __all__ = [
     "GRPOConfig",
     "GenerateConfig",
     "InferenceConfig",
+    "KTOConfig",
     "KernelsBlock",
+    "ORPOConfig",
     "OnPolicyConfig",
     "OverlongBlock",
     "PPOConfig",
     "PRMConfig",
     "PackingBlock",
+    "PreferenceConfig",
+    "RRHFConfig",
+    "ReferenceConfig",
     "ReportBlock",
     "RewardConfig",
     "RolloutBlock",

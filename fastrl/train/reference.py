@@ -1,0 +1,162 @@
+"""Log-probabilities of completions under a reference model: scored once, or step by step.
+
+Scored once, nothing of the reference stays in memory: its numbers are looked up by the sequence's tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fastrl.data.pack import pack
+from fastrl.train.config import ReferenceConfig, TrainConfig
+from fastrl.train.from_config import model_of, reference_of
+from fastrl.train.logprob import sequence_sum, trained_logprob
+from fastrl.train.lora import adapter_off
+from fastrl.train.model import load_tokenizer, model_head
+from fastrl.train.model_directory import has_tokenizer, json_file, model_directory
+from fastrl.train.sequences import supervised_sequence
+from fastrl.train.supervised import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BLOCK = 4096  # sequences packed at once: the batches of a whole data set would fill the device
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What a policy is compared with.
+
+    Attributes:
+        logprob: completions -> [S] summed log-probability of their trained tokens, f32, nats; a constant.
+        model: what computes them while the policy trains (the policy itself with LoRA); None when they are known.
+    """
+
+    logprob: Callable[[Sequence[Example]], Tensor]
+    model: PreTrainedModel | None = None
+
+
+def policy_and_reference(config: ReferenceConfig, known: Iterable[Example]) -> tuple[PreTrainedModel, Reference]:
+    """Load the policy, and the reference as the configuration wants it.
+
+    With `precompute_ref_log_probs` there is never more than one model in memory: another reference model is loaded,
+    asked and forgotten before the policy is loaded, and without one the policy's starting weights are asked.
+
+    Args:
+        known: every completion the run will ask for.
+    """
+    if not config.precompute_ref_log_probs:
+        policy = model_of(config, gradient_checkpointing=config.gradient_checkpointing)
+        model = reference_of(config, policy) if config.ref_model_name_or_path is None else _other_model(config)
+        return policy, Reference(lambda examples: _without_adapter(model, examples, config), model)
+    if config.ref_model_name_or_path is not None:
+        table = _table(_other_model(config), known, config)
+        policy = model_of(config, gradient_checkpointing=config.gradient_checkpointing)
+    else:
+        policy = model_of(config, gradient_checkpointing=config.gradient_checkpointing)
+        table = _table(policy, known, config)
+    device = policy.device
+    return policy, Reference(lambda examples: torch.tensor([table[each] for each in examples], device=device))
+
+
+@torch.no_grad()
+def completion_logprob(
+    model: PreTrainedModel, examples: Sequence[Example], config: TrainConfig, *, temperature: float = 1.0
+) -> Tensor:
+    """[S] summed log-probability of each completion's trained tokens, f32, nats; a constant."""
+    sequences = [supervised_sequence(each.ids, each.is_trained, weight=1.0) for each in examples]
+    total = torch.zeros(len(sequences), device=model.device)
+    for batch in pack(sequences, token_budget=config.packing.token_budget, device=model.device):
+        logprob, _ = trained_logprob(model, model_head(model, temperature=temperature), batch, config.kernels)
+        total[batch.sequence] = sequence_sum(logprob, batch)
+    return total
+
+
+def check_same_vocabulary(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, reference: str | None) -> None:
+    """Refuse a reference model that reads other tokens than the policy, before any weight is loaded.
+
+    Args:
+        reference: its directory; None is the policy's own and always fits.
+
+    Raises:
+        ValueError: a token has another number there, or, without a tokenizer there, the vocabulary another size.
+    """
+    if reference is None:
+        return
+    folder = model_directory(reference, trust_remote_code=config.trust_remote_code)
+    remedy = "a reference must read the same tokens: choose one of the same family"
+    if not has_tokenizer(folder):
+        ours, theirs = (_vocab_size(json_file(model_directory(path, trust_remote_code=True) / "config.json"))
+                        for path in (config.model_name_or_path, reference))  # fmt: skip
+        if ours != theirs:
+            raise ValueError(
+                f"ref_model_name_or_path: the vocabulary of {reference} has {theirs} tokens and that of "
+                f"{config.model_name_or_path} has {ours}; {remedy}"
+            )
+        return
+    other = load_tokenizer(reference, chat_template=None, trust_remote_code=config.trust_remote_code).get_vocab()
+    vocabulary = tokenizer.get_vocab()
+    for token in sorted(vocabulary.keys() | other.keys(), key=lambda token: vocabulary.get(token, other.get(token, 0))):
+        here, there = vocabulary.get(token, "absent"), other.get(token, "absent")
+        if here != there:
+            raise ValueError(
+                f"ref_model_name_or_path: {reference} has another vocabulary than {config.model_name_or_path}: "
+                f"token {token!r} is {there} there and {here} here; {remedy}"
+            )
+
+
+class MovingReference:
+    """The weights of a reference that follows the policy (TR-DPO), for checkpoints and for the moves themselves."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._weights = dict(model.named_parameters())
+
+    @torch.no_grad()
+    def follow(self, policy: nn.Module, *, share: float) -> None:
+        """Reference = share x policy + (1 - share) x reference, in float32.
+
+        Source: Gorbatovski 2024, arXiv:2404.09656, eq. 5 (soft update; hard with a share of 1).
+        """
+        for name, theirs in policy.named_parameters():
+            ours = self._weights[name]
+            ours.copy_(torch.lerp(ours.float(), theirs.float(), share))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Name -> weight, aliasing the live ones."""
+        return {name: weight.detach() for name, weight in self._weights.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
+        for name, weight in self._weights.items():
+            weight.copy_(state[name])
+
+
+def _table(model: PreTrainedModel, known: Iterable[Example], config: TrainConfig) -> dict[Example, float]:
+    examples = list(dict.fromkeys(known))
+    table: dict[Example, float] = {}
+    for first in range(0, len(examples), BLOCK):
+        block = examples[first : first + BLOCK]
+        table.update(zip(block, _without_adapter(model, block, config).tolist(), strict=True))
+    return table
+
+
+def _without_adapter(model: PreTrainedModel, examples: Sequence[Example], config: TrainConfig) -> Tensor:
+    with adapter_off(model):
+        return completion_logprob(model, examples, config)
+
+
+def _other_model(config: ReferenceConfig) -> PreTrainedModel:
+    assert config.ref_model_name_or_path is not None
+    other = replace(config, model_name_or_path=config.ref_model_name_or_path, use_peft=False, load_in_4bit=False)
+    return model_of(other).requires_grad_(False)
+
+
+def _vocab_size(content: Mapping[str, object]) -> object:
+    text = content.get("text_config")
+    return content.get("vocab_size", text.get("vocab_size") if isinstance(text, Mapping) else None)
