@@ -104,11 +104,15 @@ def make_packed(
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """From now on `hidden_states` keeps each layer's input alone and computes the rest again in the backward pass."""
-    options = {"use_reentrant": False, "context_fn": partial(as_in_forward, model)}
     if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(options)
-        return
-    model.gradient_checkpointing_enable(options)  # its name before transformers 5
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # its name before transformers 5
+    for module in model.modules():
+        # One for each decoder layer, which then looks at its own adapters alone.
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if checkpoint is not None:
+            module._gradient_checkpointing_func = partial(checkpoint, context_fn=partial(as_in_forward, module))
 
 
 def load_tokenizer(
