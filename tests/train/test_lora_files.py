@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from fastrl.recipes.sorting import make_tokenizer
 from fastrl.train.export import save_pretrained
 from fastrl.train.lora import active_adapters, adapter, adapter_off, add_lora, is_of_adapter
-from fastrl.train.lora_files import load_adapter, merged_state, save_adapter
+from fastrl.train.lora_files import adapter_head, load_adapter, merged_state, save_adapter
 from fastrl.train.model import load_model
 from fastrl.train.score_model import load_score_model, save_score_model
 from fastrl.train.tiny import make_tiny_qwen3
@@ -137,6 +137,7 @@ def test_nothing_but_an_adapter_is_replaced_by_one(tmp_path: Path) -> None:
     save_adapter(model, tmp_path / "adapter")
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
 def test_a_reward_model_with_an_adapter_is_exported_with_its_head(tmp_path: Path) -> None:
     base = saved_base(tmp_path)
     model = load_score_model(base, dtype=torch.float32, device="cpu", new_head=1.0)
@@ -146,3 +147,8 @@ def test_a_reward_model_with_an_adapter_is_exported_with_its_head(tmp_path: Path
     written = save_score_model(model, TOKENIZER, tmp_path / "run" / "model", card="scores")
     plain = load_score_model(written, dtype=torch.float32, device="cpu")
     torch.testing.assert_close(says(plain), says(model), rtol=1e-5, atol=1e-5)
+    adapter_path = tmp_path / "run" / "adapter"
+    assert torch.equal(adapter_head(adapter_path), model.score.weight)
+    fresh = load_score_model(base, dtype=torch.float32, device="cpu", new_head=0.0)
+    wrapped = PeftModel.from_pretrained(fresh, adapter_path).eval()
+    torch.testing.assert_close(says(wrapped), says(model), rtol=1e-5, atol=1e-5)
