@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from fastrl.data.judgements import judgement_rows
 from fastrl.recipes import sorting
+from fastrl.train.config import ReportBlock, RewardConfig
 from fastrl.train.tiny_files import FILES, MODELS, PREFIX, is_tiny
 
 FOLDER = Path("runs/tiny")
@@ -64,6 +65,28 @@ def _make_student(folder: Path) -> None:
 
 def _make_warm(folder: Path) -> None:
     _train(folder, max_steps=60)
+
+
+def _make_reward_model(folder: Path) -> None:
+    from fastrl.recipes import reward
+
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Path(scratch) / "reward"
+        config = RewardConfig(
+            model_name_or_path=str(made("warm")),
+            output_dir=str(run),
+            train_dataset=str(made("ranked")),
+            max_steps=60,
+            per_device_train_batch_size=64,
+            learning_rate=2e-3,
+            warmup_steps=10,
+            center_rewards_coefficient=0.01,
+            logging_steps=20,
+            report=ReportBlock(panel=False),
+        )
+        code = reward.run(config)
+        assert code == 0, "nobody may interrupt a run of a few seconds but the user"
+        shutil.move(run / "model", folder)
 
 
 def _make_sorted(folder: Path) -> None:
@@ -160,6 +183,7 @@ def swapped(digits: str, generator: random.Random) -> str:
 MAKE_MODEL: dict[str, Callable[[Path], None]] = {
     "base": _make_base,
     "warm": _make_warm,
+    "reward_model": _make_reward_model,
     "sorted": _make_sorted,
     "student": _make_student,
 }

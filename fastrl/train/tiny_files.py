@@ -16,6 +16,7 @@ MODELS = {
     "base": "a Qwen3 of 0.1 M parameters with random weights, and its tokenizer",
     "warm": "base after 60 steps of SFT: sorts some of the numbers",
     "sorted": "base after 160 steps of SFT: sorts nearly all of them",
+    "reward_model": "warm with a scalar head, after 60 steps on ranked: scores sorted digits higher",
     "student": "a Qwen3 of an eighth of base's size with random weights, and the same tokenizer",
 }
 FILES = {
