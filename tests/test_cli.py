@@ -178,11 +178,14 @@ def test_the_recipe_in_a_file_must_exist_and_agree_with_the_command(capsys: pyte
         "run.yaml:1: recipe: is grpo, the command is sft; use `fastrl run run.yaml`"
     )
     Path("wrong.yaml").write_text("recipe: grop\n")
-    assert "wrong.yaml:1: recipe: expected one of demo, sft, grpo" in refused(capsys, "run", "wrong.yaml")
+    assert "wrong.yaml:1: recipe: expected one of demo, sft, " in refused(capsys, "run", "wrong.yaml")
     Path("none.yaml").write_text("seed: 1\n")
     assert refused(capsys, "run", "none.yaml") == (
         "none.yaml: does not say which recipe; add a line such as `recipe: grpo`"
     )
+
+
+DRY_RUNS = ", ".join(name for name, recipe in RECIPES.items() if recipe.has_dry_run)
 
 
 @pytest.mark.parametrize(
@@ -193,11 +196,11 @@ def test_the_recipe_in_a_file_must_exist_and_agree_with_the_command(capsys: pyte
         (["grpo", "run.yaml"], "unexpected argument 'run.yaml': write --config run.yaml"),
         (["grpo", "--config"], "--config: needs one YAML file"),
         (["grpo", "--config=a", "--config=b"], "--config: needs one YAML file"),
-        (["demo", "--dry-run"], "--dry-run: demo has none; these have: sft, grpo"),
+        (["demo", "--dry-run"], f"--dry-run: demo has none; these have: {DRY_RUNS}"),
         (["config"], "usage: fastrl config init RECIPE | check FILE [flags] | schema RECIPE"),
         (
             ["config", "init", "grop"],
-            "expected one of demo, sft, grpo, eval, generate, got 'grop' (did you mean 'grpo'?)",
+            f"expected one of {', '.join(RECIPES)}, got 'grop' (did you mean 'grpo'?)",
         ),
         (["env", "x"], "usage: fastrl env [--json]"),
     ],
@@ -226,7 +229,7 @@ def test_what_init_prints_passes_check_once_it_is_filled_in(name: str, capsys: p
     assert main(["config", "init", name]) == 0
     text = capsys.readouterr().out
     fill = {"model_name_or_path": "model", "output_dir": "out", "reward_funcs": "[numeric]", "prompts": "[hello]"}
-    fill |= {"train_dataset": "data.jsonl"}
+    fill |= {"train_dataset": "data.jsonl", "teacher_model_name_or_path": "model", "output_file": "out.safetensors"}
     lines = []
     for line in text.splitlines():
         key = line.partition(":")[0]
