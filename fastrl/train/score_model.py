@@ -90,7 +90,7 @@ def load_score_model(
     head = getattr(model, "score", None)  # theirs: families of other shapes call it `classifier`, or give it layers
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ValueError(f"{type(model).__name__} has no linear head `score` without bias; use a decoder-only family")
-    head.float()
+    head.to(torch.promote_types(dtype, torch.float32))
     keep_differentiable(model)
     if new_head is not None:
         deviation = new_head / (head.in_features + 1) ** 0.5
@@ -139,11 +139,11 @@ def token_scores(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """The score of the prefix that ends at each fed position.
 
     Returns:
-        [T] f32, in units of reward; index t has seen input_ids[..t] of its own sequence, target[t] not. Differentiable
-        unless gradients are off.
+        [T] f32 (f64 of a model in f64), in units of reward; index t has seen input_ids[..t] of its own sequence, and
+        target[t] not. Differentiable unless gradients are off.
     """
-    scores: Tensor = model.score(hidden_states(model, batch).float())
-    return scores[:, 0].float()
+    scores: Tensor = model.score(hidden_states(model, batch).to(model.score.weight.dtype))
+    return scores[:, 0]
 
 
 def scored_sequence(ids: Sequence[int], weight: Sequence[float]) -> TokenSequence:
