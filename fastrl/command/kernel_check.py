@@ -22,13 +22,16 @@ from fastrl.ops import (
     gae,
     group_advantage,
     linear_cross_entropy,
+    linear_divergence,
     linear_logprob,
     linear_token_loss,
+    linear_topk_divergence,
     logits_logprob,
     reverse_scan,
     token_objective,
 )
 from fastrl.ops.backend import BACKENDS
+from fastrl.ops.linear_topk_divergence import TopTokens
 from fastrl.testing import ValueAndGrads, double, error, linear_logprob_inputs, magnitude, value_and_grads
 
 SLACK = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-3}  # of the largest true number, at least of 1
@@ -151,6 +154,19 @@ def _head(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, weight, target
 
 
+def _two_heads(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden, weight, _ = _head(device, dtype)
+    return hidden, weight, hidden.flip(0), weight.roll(1, 1)
+
+
+def _kept_tokens(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """hidden, weight, and a teacher's ids, log-probabilities [N, 8] and tail [N]."""
+    hidden, weight, target = _head(device, dtype)
+    ids = (target[:, None] + 101 * torch.arange(8, device=device)) % len(weight)
+    kept = torch.randn(len(hidden), 9, generator=torch.Generator().manual_seed(0)).log_softmax(-1).to(device)
+    return hidden, weight, ids, kept[:, :8].contiguous(), kept[:, 8].contiguous()
+
+
 def _logits(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     n, v = (1937, 151936) if device == "cuda" else (7, 509)
     generator = torch.Generator().manual_seed(0)
@@ -197,9 +213,25 @@ def _groups(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 # Calls
 
 
-def _three_products(hidden: Tensor, weight: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+def _three_products(hidden: Tensor, weight: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
     logits = hidden @ weight.T
     return logits @ weight, logits.T @ hidden
+
+
+def _four_products(
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+) -> tuple[Tensor, ...]:
+    return teacher_hidden @ teacher_weight.T, *_three_products(hidden, weight)
+
+
+def _divergence(hidden: Tensor, weight: Tensor, *teacher: Tensor, backend: str) -> Tensor:
+    return linear_divergence(hidden, weight, *teacher, beta=0.5, backend=backend).loss
+
+
+def _topk_divergence(
+    hidden: Tensor, weight: Tensor, ids: Tensor, logprob: Tensor, tail: Tensor, *, backend: str
+) -> Tensor:
+    return linear_topk_divergence(hidden, weight, TopTokens(ids, logprob, tail), backend=backend).loss
 
 
 def _token_loss(hidden: Tensor, weight: Tensor, target: Tensor, *, backend: str) -> Tensor:
@@ -243,6 +275,8 @@ CASES = (
     Case("linear_logprob", partial(linear_logprob, temperature=0.7), *HEAD),
     Case("linear_token_loss", _token_loss, *HEAD),
     Case("linear_cross_entropy", partial(linear_cross_entropy, label_smoothing=0.1), *HEAD),
+    Case("linear_divergence", _divergence, _two_heads, (0, 1), HEAD_DTYPES, _four_products),
+    Case("linear_topk_divergence", _topk_divergence, _kept_tokens, (0, 1), HEAD_DTYPES, _three_products),
     Case("logits_logprob", partial(logits_logprob, temperature=0.7), _logits, (0,), HEAD_DTYPES),
     Case("token_objective", _objective, _columns, (0, 6)),
     Case("group_advantage", group_advantage, _groups, ()),
