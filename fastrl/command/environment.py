@@ -23,6 +23,7 @@ REQUIRED = ("torch", "numpy", "safetensors", "transformers", "pyyaml", "rich", "
 OPTIONAL = {
     "data": ("datasets", "pyarrow"),
     "peft": ("peft",),
+    "qlora": ("peft", "bitsandbytes"),
     "vllm": ("vllm", "requests"),
     "flash": ("flash-attn",),
     "rewards": ("math-verify", "reasoning-gym"),
