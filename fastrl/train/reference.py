@@ -50,18 +50,31 @@ def policy_and_reference(config: ReferenceConfig, known: Iterable[Example]) -> t
     Args:
         known: every completion the run will ask for.
     """
+    path = config.ref_model_name_or_path
     if not config.precompute_ref_log_probs:
         policy = model_of(config, gradient_checkpointing=config.gradient_checkpointing)
-        model = reference_of(config, policy) if config.ref_model_name_or_path is None else _other_model(config)
-        return policy, Reference(lambda examples: _without_adapter(model, examples, config), model)
-    if config.ref_model_name_or_path is not None:
-        table = _table(_other_model(config), known, config)
+        return policy, live_reference(config, policy, path)
+    if path is not None:
+        table = _table(_other_model(config, path), known, config)
         policy = model_of(config, gradient_checkpointing=config.gradient_checkpointing)
     else:
         policy = model_of(config, gradient_checkpointing=config.gradient_checkpointing)
         table = _table(policy, known, config)
     device = policy.device
     return policy, Reference(lambda examples: torch.tensor([table[each] for each in examples], device=device))
+
+
+def live_reference(
+    config: TrainConfig, policy: PreTrainedModel, path: str | None, *, temperature: float = 1.0
+) -> Reference:
+    """A reference that is asked while the policy trains: a second model, or with LoRA the policy's own base.
+
+    Args:
+        path: directory of another model; None is the one the policy starts from.
+        temperature: divides the logits.
+    """
+    model = reference_of(config, policy) if path is None else _other_model(config, path)
+    return Reference(lambda examples: _without_adapter(model, examples, config, temperature), model)
 
 
 @torch.no_grad()
@@ -146,15 +159,15 @@ def _table(model: PreTrainedModel, known: Iterable[Example], config: TrainConfig
     return table
 
 
-def _without_adapter(model: PreTrainedModel, examples: Sequence[Example], config: TrainConfig) -> Tensor:
+def _without_adapter(
+    model: PreTrainedModel, examples: Sequence[Example], config: TrainConfig, temperature: float = 1.0
+) -> Tensor:
     with adapter_off(model):
-        return completion_logprob(model, examples, config)
+        return completion_logprob(model, examples, config, temperature=temperature)
 
 
-def _other_model(config: ReferenceConfig) -> PreTrainedModel:
-    assert config.ref_model_name_or_path is not None
-    other = replace(config, model_name_or_path=config.ref_model_name_or_path, use_peft=False, load_in_4bit=False)
-    return model_of(other).requires_grad_(False)
+def _other_model(config: TrainConfig, path: str) -> PreTrainedModel:
+    return model_of(replace(config, model_name_or_path=path, use_peft=False, load_in_4bit=False)).requires_grad_(False)
 
 
 def _vocab_size(content: Mapping[str, object]) -> object:

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fastrl.train.config import CPOConfig, DPOConfig, KTOConfig, PreferenceConfig, ReferenceConfig
+from fastrl.train.config import (
+    CPOConfig,
+    DPOConfig,
+    KTOConfig,
+    OnlineDPOConfig,
+    PreferenceConfig,
+    ReferenceConfig,
+)
 from fastrl.train.validate_files import model_problem
+from fastrl.train.validate_rewards import reward_problem
 
 Problems = Iterator[str]
 
@@ -93,6 +101,41 @@ def cpo_problems(config: CPOConfig) -> Problems:
 def orpo_problems(config: PreferenceConfig) -> Problems:
     """Rules of `fastrl orpo`."""
     yield from _pair_budget(config)
+
+
+def online_dpo_problems(config: OnlineDPOConfig) -> Problems:
+    """Rules of `fastrl online_dpo`."""
+    if not config.reward_funcs:
+        yield "reward_funcs: is empty; name at least one, such as numeric or package.module:function"
+    for spec in config.reward_funcs:
+        yield from reward_problem(spec)
+    if config.reward_weights is not None and len(config.reward_weights) != len(config.reward_funcs):
+        yield (
+            f"reward_weights: needs one number for each of the {len(config.reward_funcs)} reward_funcs, "
+            f"got {len(config.reward_weights)}"
+        )
+    if config.ref_model_name_or_path is not None:
+        yield from (f"ref_{problem}" for problem in model_problem(config.ref_model_name_or_path))
+    if config.num_generations < 2:
+        yield "num_generations: a pair needs at least 2 completions of a prompt"
+    elif config.per_device_train_batch_size * config.gradient_accumulation_steps % config.num_generations:
+        yield (
+            f"num_generations: per_device_train_batch_size x gradient_accumulation_steps = "
+            f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} completions are no whole "
+            f"number of groups of {config.num_generations}"
+        )
+    if config.beta == 0:
+        yield "beta: 0 leaves nothing to learn; set it above 0, such as 0.1"
+    if config.temperature == 0:
+        yield "temperature: 0 is greedy, every completion of a prompt would be the same; set it above 0"
+    if "" in config.stop:
+        yield "stop: an empty text would end every completion at once; remove it"
+    longest = config.max_completion_length + (config.rollout.max_prompt_length or 1)
+    if config.packing.token_budget < 2 * longest:
+        yield (
+            f"packing.token_budget: {config.packing.token_budget} cannot hold a pair of two sequences of "
+            f"rollout.max_prompt_length + max_completion_length = {longest} tokens; raise it"
+        )
 
 
 def _pair_budget(config: PreferenceConfig) -> Problems:

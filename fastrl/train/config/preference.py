@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fastrl.train.config.on_policy import OnPolicyConfig
 from fastrl.train.config.training import TrainConfig
 
 PairLoss = Literal[
@@ -138,3 +139,24 @@ class RRHFConfig(PreferenceConfig):
     """
 
     nll_coef: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineDPOConfig(OnPolicyConfig):
+    """DPO on the policy's own completions: sample, judge, pair the best with the worst of each prompt, learn.
+
+    per_device_train_batch_size x gradient_accumulation_steps counts completions, as in grpo.
+
+    Attributes:
+        beta: how strongly the policy is held to the reference.
+        loss_type: sigmoid, or ipo of log-ratios summed over the completion, as TRL's online DPO compares them.
+        ref_model_name_or_path: directory of the reference; None is the model the run starts from.
+        missing_eos_penalty: taken from the reward of a truncated completion; None takes nothing.
+    """
+
+    learning_rate: float = 5e-7
+    num_generations: int = 2
+    beta: float = 0.1
+    loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
+    ref_model_name_or_path: str | None = None
+    missing_eos_penalty: float | None = None
