@@ -40,7 +40,7 @@ def verdict_probability(
     Returns:
         [S] f32 on the CPU, in [0, 1]: usable as a reward.
 
-    Source: Zhang 2024, arXiv:2408.15240, eq. 4, over both verdicts.
+    Source: Zhang 2024, arXiv:2408.15240, sec. 3.1; theirs is p(Yes), not divided by the sum of the two.
     """
     if not prompts:
         return torch.zeros(0)
