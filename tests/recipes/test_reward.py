@@ -23,7 +23,7 @@ from fastrl.train.config import DataBlock, PackingBlock, ReportBlock, RewardConf
 from fastrl.train.interrupt import EXIT_INTERRUPTED
 from fastrl.train.model import load_tokenizer
 from fastrl.train.order import epoch_order
-from fastrl.train.rankings import Ranking, load_rankings
+from fastrl.train.rankings import Ranking, encoded_at, load_rankings
 from fastrl.train.score_model import load_score_model
 from tests.recipes.runs import Base, after_call, assert_same_run, column, metrics_of, send_sigterm
 
@@ -148,6 +148,15 @@ def test_plain_text_is_scored_at_the_end_of_sequence(base: Base, tmp_path: Path)
     assert [ids[-1] for ids in ranking.ids] == [end, end]
     assert [len(ids) for ids in ranking.ids] == [5, 5]
     run(config)
+
+
+def test_what_a_template_writes_after_the_answer_is_not_scored(base: Base) -> None:
+    tokenizer = load_tokenizer(base.model, chat_template=None)
+    prompt, answer = ([{"role": role, "content": "12"}] for role in ("user", "assistant"))
+    expected = encoded_at(tokenizer, prompt, answer, path="/chosen")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "<|end|>77")
+    assert encoded_at(tokenizer, prompt, answer, path="/chosen") == expected
+    assert expected[-1] == tokenizer.eos_token_id
 
 
 def test_held_out_metrics_and_calibration_are_those_of_the_saved_model(base: Base, tmp_path: Path) -> None:

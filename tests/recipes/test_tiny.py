@@ -54,3 +54,19 @@ def test_rejected_digits_are_the_chosen_ones_in_another_order() -> None:
         assert wrong != digits
         assert sorted(wrong) == sorted(digits)
     assert swapped("444444", generator) == "444445"
+
+
+def test_lists_steps_and_judgements_say_what_is_sorted() -> None:
+    generator = random.Random(0)
+    for number in range(0, 10**6, 99_991):
+        question = f"{number:06d}"
+        right = "".join(sorted(question))
+        ranked = tiny.MAKE_ROW["ranked"](question, generator)
+        answers = [completion[0]["content"] for completion in ranked["completions"]]
+        assert answers[ranked["scores"].index(1.0)] == right
+        assert 0 <= min(ranked["scores"]) < 1
+        steps = tiny.MAKE_ROW["steps"](question, generator)
+        written = "".join(step[0]["content"] for step in steps["completions"])
+        assert all(steps["labels"]) == (written == right)
+        judged = tiny.MAKE_ROW["judgements"](question, generator)
+        assert (judged["answer"] == "1") == (judged["prompt"][0]["content"] == question + right)
