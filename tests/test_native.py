@@ -10,11 +10,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import fastrl.ops.backend
 from fastrl.ops.gae import gae
@@ -98,34 +95,6 @@ def test_direct_calls_with_wrong_memory_raise_instead_of_reading_it():
             scan(*inputs)
     with pytest.raises(RuntimeError, match="group must be"):
         torch.ops.fastrl.group_advantage(ones, torch.zeros(3).long(), 1, 1, 1, 1e-4)
-    with pytest.raises(RuntimeError, match=r"sequence 1 has length 9, not in \[0, budget=8\]"):
-        torch.ops.fastrl.pack_bins(torch.tensor([1, 9]), 8)
-
-
-def best_fit_decreasing(lengths, budget):
-    """Bin of each sequence by trying every bin."""
-    bins, room = np.zeros(len(lengths), dtype=int), []
-    for s in sorted(range(len(lengths)), key=lambda s: -lengths[s]):
-        fits = [b for b, left in enumerate(room) if left >= lengths[s]]
-        if not fits:
-            room.append(budget)
-            fits = [len(room) - 1]
-        bins[s] = min(fits, key=lambda b: room[b])
-        room[bins[s]] -= lengths[s]
-    return bins.tolist()
-
-
-@built
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(lengths=st.lists(st.integers(0, 20), max_size=40))
-def test_packing_puts_each_sequence_into_the_fullest_bin_that_holds_it(lengths):
-    got = torch.ops.fastrl.pack_bins(torch.tensor(lengths, dtype=torch.int64), 20).tolist()
-    assert got == best_fit_decreasing(lengths, 20)
-
-
-@built
-def test_packing_fills_two_bins_where_first_come_first_served_needs_three():
-    assert torch.ops.fastrl.pack_bins(torch.tensor([4, 4, 6, 6]), 10).tolist() == [0, 1, 0, 1]
 
 
 @pytest.fixture
