@@ -34,7 +34,7 @@ from fastrl.train.pairs import (
     pair_scores,
     print_pairs,
 )
-from fastrl.train.preference_rows import Loaded, Pair, load_pairs
+from fastrl.train.preference_rows import Pair, load_pairs
 from fastrl.train.provenance import write_environment
 from fastrl.train.reference import MovingReference, Reference, check_same_vocabulary, policy_and_reference
 from fastrl.train.run_directory import open_run_directory
@@ -61,9 +61,9 @@ def run(config: DPOConfig) -> int:
         check_same_vocabulary(config, tokenizer, config.ref_model_name_or_path)
         load = partial(load_pairs, tokenizer=tokenizer, config=config, output_dir=config.output_dir)
         train = load(config.train_dataset)
-        held_out = load(config.eval_dataset) if config.eval_dataset else Loaded[Pair]([], 0)
+        held_out = load(config.eval_dataset).rows if config.eval_dataset else []
         _, _, total_steps = length_of(config, len(train.rows))
-        policy, reference = models_of(config, train.rows + held_out.rows)
+        policy, reference = models_of(config, train.rows + held_out)
         write_environment(directory.path, device)
         states: dict[str, Stateful] = {"optimizer": optimizer_of(config, policy)}
         moving: MovingReference | None = None
@@ -82,7 +82,7 @@ def run(config: DPOConfig) -> int:
             for progress in steps(
                 config,
                 directory,
-                Rows(train.rows, held_out.rows, step_of),
+                Rows(train.rows, held_out, step_of),
                 states,
                 journal=journal,
                 device=device,
