@@ -43,6 +43,7 @@ register(
             "eager": spec,
             "eager, compiled": torch.compile(spec, dynamic=False),
             "torch": partial(ours, backend="torch"),
+            "triton": partial(ours, backend="triton"),
         },
         shapes={"qwen3-0.6b from 8b": (4096, 1024, 151936, 4096), "llama3-1b from 8b": (4096, 2048, 128256, 4096)},
         quick_shapes={"narrow": (512, 64, 8192, 128), "wide": (512, 256, 8192, 512)},

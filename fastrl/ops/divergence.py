@@ -23,6 +23,9 @@ import math
 import torch
 from torch import Tensor
 
+from fastrl.ops.logit_map import LogitMap
+from fastrl.ops.row_kernels import row_kernels
+
 
 def generalized_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """The specification: log-probabilities [N, V] of both -> divergence [N], differentiable by plain autograd.
@@ -67,3 +70,31 @@ def divergence_rows(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tens
     gap = logq.sub_(other).masked_fill_(q == 0, 0)
     inner = torch.mul(gap, q, out=p).sum(-1)
     return value + share * inner, gap.sub_(inner[:, None]).mul_(q).mul_(share)
+
+
+def torch_rows(
+    student: Tensor, teacher: Tensor, student_map: LogitMap, teacher_map: LogitMap, beta: float
+) -> tuple[Tensor, Tensor]:
+    """raw logits [C, V] of both -> divergence [C] and its gradient by the student's raw logits, in fresh memory."""
+    slope = student_map.slope(student)
+    z, teacher_z = student_map.apply(student), teacher_map.apply(teacher).to(student.dtype)
+    value, gradient = divergence_rows(z, teacher_z, beta)
+    gradient.mul_(student_map.factor(value))
+    return value, gradient if slope is None else gradient.mul_(slope)
+
+
+def triton_rows(
+    student: Tensor, teacher: Tensor, student_map: LogitMap, teacher_map: LogitMap, beta: float
+) -> tuple[Tensor, Tensor]:
+    """As `torch_rows` by the Triton kernel: three reads of each, and the gradient in the student's memory."""
+    from fastrl.kernels import divergence
+    from fastrl.kernels.logit_map import map_arguments
+
+    nobody = torch.full((len(student),), -1, dtype=torch.int64, device=student.device)
+    stats = row_kernels("triton").stats
+    lse = [
+        stats(raw, nobody, logit_map).lse.to(student.dtype).contiguous()
+        for raw, logit_map in ((student, student_map), (teacher, teacher_map))
+    ]
+    arguments = [map_arguments(x.scale, x.softcap, x.temperature, student.dtype) for x in (student_map, teacher_map)]
+    return divergence.rows_(student, teacher, (lse[0], lse[1]), arguments[0], arguments[1], beta), student

@@ -7,13 +7,16 @@ with p_n the teacher's and q_n the student's distribution at `temperature`, D_be
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from fastrl.ops.backend import Implementations, choose
 from fastrl.ops.checks import check_chunk_rows, check_constant, check_head, check_map, check_shapes, check_target
-from fastrl.ops.divergence import divergence_rows, generalized_jsd
+from fastrl.ops.divergence import generalized_jsd, torch_rows, triton_rows
 from fastrl.ops.divergence_pass import DivergenceLoss, DivergencePlan, RowRule, divergence_pass
 from fastrl.ops.gemm import accumulation_dtype, operand
 from fastrl.ops.head import HeadSetting, HeadTensors, default_chunk_rows, head_operands
@@ -23,9 +26,7 @@ from fastrl.ops.logit_map import LogitMap
 from fastrl.ops.row_kernels import row_kernels
 from fastrl.ops.token_stats import TokenStats, reference_stats
 
-# TODO(a GPU row shows the elementwise work above 10 % of the products): kernels/divergence.py, one read of both
-# chunks for the value and one for the gradient.
-_IMPLEMENTATIONS = Implementations("linear_divergence")
+_IMPLEMENTATIONS = Implementations("linear_divergence", triton="fastrl.kernels.divergence")
 
 
 @_disable_dynamo  # torch.compiler.disable would import the compiler before anybody calls
@@ -68,7 +69,7 @@ def linear_divergence(
         valid_vocab: rows of both heads from here on are padding and are no tokens.
         row_weight: [N] a constant; rows of weight 0 never reach a head. None weighs every row 1.
         chunk_rows: rows worked on at a time; None fits a memory budget. Changes rounding only.
-        backend: "reference" (N x V numbers, plain autograd) or "torch" (chunks); None: torch.
+        backend: "reference" (N x V numbers, plain autograd), "torch" or "triton" (chunks); None: the machine's best.
 
     Returns:
         DivergenceLoss. The loss is float32 (float64 for float64 hidden states).
@@ -94,7 +95,8 @@ def linear_divergence(
     check_map(temperature, softcap, logit_scale)
     check_map(temperature, teacher_softcap, teacher_logit_scale)
     check_chunk_rows(chunk_rows)
-    if choose(backend, hidden, _IMPLEMENTATIONS) == "reference":
+    chosen = choose(backend, hidden, _IMPLEMENTATIONS)
+    if chosen == "reference":
         return reference(
             hidden,
             weight,
@@ -113,14 +115,20 @@ def linear_divergence(
             valid_vocab=valid_vocab,
             row_weight=row_weight,
         )
-    kernels = row_kernels("torch")
+    kernels = row_kernels(chosen)
     setting = HeadSetting(LogitMap(logit_scale, softcap, temperature), kernels, None)
     tensors, setting = local_head(weight, bias, None, setting, valid_vocab)
     teacher_bias = None if teacher_bias is None else teacher_bias[:valid_vocab].detach()
     teacher = HeadTensors(teacher_weight[:valid_vocab].detach(), teacher_bias, None, None)
     teacher_setting = HeadSetting(LogitMap(teacher_logit_scale, teacher_softcap, temperature), kernels, None)
     plan = DivergencePlan(
-        rule=_between_heads(setting.logit_map, teacher_hidden.detach(), teacher, teacher_setting, beta),
+        rule=_between_heads(
+            setting.logit_map,
+            teacher_hidden.detach(),
+            teacher,
+            teacher_setting,
+            partial(triton_rows if chosen == "triton" else torch_rows, beta=beta),
+        ),
         target=target,
         alpha=alpha,
         row_weight=None if row_weight is None else row_weight.to(accumulation_dtype(hidden)),
@@ -187,17 +195,17 @@ def _spread(values: Tensor, rows: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _between_heads(
-    logit_map: LogitMap, teacher_hidden: Tensor, teacher: HeadTensors, teacher_setting: HeadSetting, beta: float
+    logit_map: LogitMap,
+    teacher_hidden: Tensor,
+    teacher: HeadTensors,
+    teacher_setting: HeadSetting,
+    compare: Callable[..., tuple[Tensor, Tensor]],
 ) -> RowRule:
     """The rule that makes the teacher's logits of the same rows beside the student's."""
     head = head_operands(teacher, teacher_setting)
 
     def rule(raw: Tensor, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
-        teacher_z = head.logit_map.apply(head.raw(operand(teacher_hidden[rows]))).to(raw.dtype)
-        slope = logit_map.slope(raw)
-        divergence, gradient = divergence_rows(logit_map.apply(raw), teacher_z, beta)
-        gradient.mul_(logit_map.factor(divergence))
-        return divergence, gradient if slope is None else gradient.mul_(slope)
+        return compare(raw, head.raw(operand(teacher_hidden[rows])), logit_map, head.logit_map)
 
     return rule
 
