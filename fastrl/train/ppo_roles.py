@@ -222,7 +222,7 @@ def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, *, key:
     if not has_tokenizer(Path(path)):
         return
     own, other = tokenizer.get_vocab(), load_tokenizer(path, chat_template=None).get_vocab()
-    for token in [*own, *other]:
+    for token in [*sorted(own, key=own.__getitem__), *sorted(other, key=other.__getitem__)]:
         if own.get(token) != other.get(token):
             raise ValueError(
                 f"{key}: {path} has another vocabulary than the policy: token {token!r} is {other.get(token)} there "
