@@ -44,7 +44,7 @@ def make_tokenizer() -> Any:
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=PAD, eos_token=END, extra_special_tokens=[USER, ASSISTANT]
+        tokenizer_object=backend, pad_token=PAD, eos_token=END, additional_special_tokens=[USER, ASSISTANT]
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

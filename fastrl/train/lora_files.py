@@ -56,8 +56,9 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
     """A model of the same class and configuration without adapters, quantisation or memory: for its save_pretrained."""
     config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    for name in ("quantization_config", "_pre_quantization_dtype"):  # the latter cannot be written as JSON
+        if hasattr(config, name):
+            delattr(config, name)
     with torch.device("meta"):
         plain = type(model)(config).to(model.dtype)  # which its save_pretrained writes into the configuration
     if getattr(model, "generation_config", None) is not None:  # theirs: a model that only scores has none
