@@ -110,6 +110,9 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, name: str, is
     file = path / WEIGHTS
     if config.get("peft_type") != "LORA" or not file.is_file():
         raise ValueError(f"{path} has no LoRA adapter (adapter_config.json, adapter_model.safetensors)")
+    for option in ("use_rslora", "alpha_pattern"):  # other scales; other shapes and names are found below
+        if config.get(option):
+            raise ValueError(f"{path} has {option}, which fastrl's adapters do not; merge it into its base with peft")
     targets = config["target_modules"]
     if not isinstance(targets, list):
         raise ValueError(f"{path}: target_modules must be a list of names, got {targets!r}; write them out")

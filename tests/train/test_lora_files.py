@@ -113,7 +113,7 @@ def test_merging_leaves_the_model_alone_and_adds_the_active_adapters_only(tmp_pa
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("what", ["nothing", "another kind", "another shape"])
+@pytest.mark.parametrize("what", ["nothing", "another kind", "another shape", "another scale"])
 def test_an_adapter_that_does_not_fit_is_refused_by_its_path(tmp_path: Path, what: str) -> None:
     base = saved_base(tmp_path)
     path = tmp_path / "adapter"
@@ -124,6 +124,10 @@ def test_an_adapter_that_does_not_fit_is_refused_by_its_path(tmp_path: Path, wha
         wide = make_tiny_qwen3(len(TOKENIZER), hidden_size=32, layers=2)
         add_lora(wide, r=3, alpha=6, seed=0)
         save_adapter(wide, path)
+    if what == "another scale":
+        save_adapter(trained(base), path)
+        config = json.loads((path / "adapter_config.json").read_text())
+        (path / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
     with pytest.raises(ValueError, match=str(path)):
         load_adapter(loaded(base), path, name="reward")
 
