@@ -24,6 +24,8 @@ from fastrl.kernels.tuning import GRADIENT_ROWS, RowTile, audited, row_tile, row
 
 LOG_ZERO = tl.constexpr(-1000.0)  # exp of this is 0 in f64 too; two of them have a mixture where two -inf have none
 
+WIDE_BLOCK_V = 512
+
 
 def rows_(
     student: Tensor,
@@ -47,7 +49,7 @@ def rows_(
     assert teacher_map.temperature is None
     divergence = torch.empty_like(lse[0])
     n, v = student.shape
-    tile = tile or row_tile(student, GRADIENT_ROWS)
+    tile = tile or _fitting(row_tile(student, GRADIENT_ROWS), wide=student.dtype == torch.float64)
     if n:
         with torch.cuda.device_of(student):
             _divergence_rows[(n,)](
@@ -67,6 +69,11 @@ def rows_(
                 num_warps=tile.num_warps,
             )
     return divergence
+
+
+def _fitting(tile: RowTile, *, wide: bool) -> RowTile:
+    """The tile, narrower where two rows of f64 numbers would not fit a thread's registers."""
+    return tile._replace(block_v=min(tile.block_v, WIDE_BLOCK_V)) if wide else tile
 
 
 def _mixture(beta: float) -> dict:
@@ -170,10 +177,11 @@ def _mixed(logp, logq, LOG_BETA: tl.constexpr, LOG_REST: tl.constexpr, dtype: tl
 
 
 def _audited_rows(tile: RowTile, targets: tuple[str, ...], number: str, beta: float, inner: float) -> dict:
+    wide = number == "fp64"
+    tile = _fitting(tile, wide=wide)
     constexprs = {"INNER": inner, "OUTER": 1.0, "TEACHER_INNER": inner, "TEACHER_OUTER": 1.0, "BLOCK_V": tile.block_v}
     types = {"student_ptr": f"*{number}", "teacher_ptr": f"*{number}"}
     types |= {"student_stride": "i32:16", "teacher_stride": "i32:16"}
-    wide = number == "fp64"
     return audited(_divergence_rows, types, constexprs | _mixture(beta), tile.num_warps, 1, targets, wide=wide)
 
 
