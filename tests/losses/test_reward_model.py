@@ -96,6 +96,10 @@ def test_calibration_is_the_gap_of_each_bin_and_zero_for_frequencies() -> None:
     confidence = torch.tensor([0.75] * 4 + [0.55] * 2)
     right = torch.tensor([True, True, True, False, True, True])
     assert reward_model.expected_calibration_error(confidence, right).item() == pytest.approx(2 * 0.45 / 6)
+    apart = reward_model.expected_calibration_error(torch.tensor([0.05, 0.15]), torch.tensor([True, False]))
+    assert apart.item() == pytest.approx((0.95 + 0.15) / 2)  # one bin would give 0.4
+    border = reward_model.expected_calibration_error(torch.tensor([0.5, 0.6]), torch.tensor([True, False]), bins=2)
+    assert border.item() == pytest.approx((0.5 + 0.6) / 2)  # 0.5 is in the lower bin
     generator = torch.Generator().manual_seed(0)
     sure = torch.rand(200, generator=generator)
     sure[:2] = torch.tensor([0.0, 1.0])

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from fastrl.data.pack import pack
 from fastrl.losses.reward_model import bradley_terry, centering, expected_calibration_error
 from fastrl.recipes import reward
 from fastrl.recipes.tiny import MAKE_ROW
@@ -24,7 +25,7 @@ from fastrl.train.interrupt import EXIT_INTERRUPTED
 from fastrl.train.model import load_tokenizer
 from fastrl.train.order import epoch_order
 from fastrl.train.rankings import Ranking, encoded_at, load_rankings
-from fastrl.train.score_model import load_score_model
+from fastrl.train.score_model import load_score_model, scored_sequence
 from tests.recipes.runs import Base, after_call, assert_same_run, column, metrics_of, send_sigterm
 
 Row = dict[str, Any]
@@ -116,12 +117,28 @@ def test_packing_and_accumulation_change_no_curve(base: Base, tmp_path: Path) ->
             max_steps=4,
             per_device_train_batch_size=3,
             gradient_accumulation_steps=2,
-            packing=PackingBlock(token_budget=70),  # one prompt of four answers with 15 tokens each
+            packing=PackingBlock(token_budget=100),  # six answers of 15 tokens, of which four are one prompt's
             max_length=60,
         )
     )
     for name in ("loss", "accuracy", "margin", "brier", "mean_reward", "min_reward", "max_reward", "grad_norm"):
         assert column(split, name) == pytest.approx(column(whole, name), rel=1e-3, abs=1e-5), name
+
+
+def test_the_lowest_and_highest_reward_are_those_of_each_prompt() -> None:
+    rows = [Ranking(((1, 1), (1, 1, 1)), ((0, 1),)), Ranking(((1,),) * 3, ((2, 0), (2, 1)))]
+    pairs = reward.pairs_of(rows, device=torch.device("cpu"))
+    assert pairs.weight.tolist() == [0.5, 0.25, 0.25]
+    sequences = [scored_sequence(ids, [1.0] * len(ids)) for row in rows for ids in row.ids]
+    (batch,) = pack(sequences, token_budget=64)
+    for sign in (1.0, -1.0):
+        scores = sign * torch.tensor([2.0, 4.0, 3.0, 7.0, 8.0])
+        here, chosen, rejected = reward.chosen_rejected(scores, batch, pairs)
+        metrics = reward.reward_metrics(scores, chosen, rejected, batch, pairs)
+        assert here.tolist() == [0, 1, 2]
+        assert metrics["margin"].tolist() == [sign * -2, sign * 5, sign * 1]
+        assert metrics["min_reward" if sign > 0 else "max_reward"].tolist() == [sign * 2, sign * 3]
+        assert metrics["max_reward" if sign > 0 else "min_reward"].tolist() == [sign * 4, sign * 8]
 
 
 def test_ranks_scores_and_shared_prompts_say_the_same_as_explicit_pairs(base: Base, tmp_path: Path) -> None:
