@@ -132,6 +132,24 @@ def test_a_run_stopped_after_any_step_resumes_bit_for_bit(
     assert_same_run(tmp_path / "whole", tmp_path / "stopped", checkpoint=6)
 
 
+def test_places_count_on_over_epochs_and_after_a_resume(
+    base: Base, big: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def watched(*args: Any) -> Any:
+        seen.extend(args[-1])
+        return completed(*args)
+
+    monkeypatch.setattr(gkd, "completed", watched)
+    config = gkd_config(base, tmp_path / "run", teacher_model_name_or_path=str(big), max_steps=6, save_steps=2)
+    with monkeypatch.context() as stopping:
+        after_call(stopping, fit, "update", number=4, do=send_sigterm)
+        assert gkd.run(config) == EXIT_INTERRUPTED
+    assert gkd.run(replace(config, resume_from_checkpoint="auto")) == 0
+    assert seen == list(range(48))  # 40 rows: the second epoch begins at 40
+
+
 def test_packing_changes_no_curve(base: Base, big: Path, tmp_path: Path) -> None:
     teacher = {"teacher_model_name_or_path": str(big), "max_steps": 3}
     whole = run_gkd(base, tmp_path / "whole", **teacher)
