@@ -18,7 +18,7 @@ from tests.recipes.runs import Base
 Config = TypeVar("Config", bound=TrainConfig)
 
 
-def configured(config_type: type[Config], base: Base, data: Path, output_dir: Path, **changes: Any) -> Config:
+def configured(config_type: type[Config], base: Base, data: Path, output_dir: Path, /, **changes: Any) -> Config:
     """Four steps of eight rows at a large learning rate."""
     config = config_type(
         model_name_or_path=str(base.model),
