@@ -18,6 +18,7 @@ from fastrl.data.pack import TokenSequence, pack
 from fastrl.report.completions import samples_of
 from fastrl.report.journal import Journal
 from fastrl.report.preview import completion_rows, print_table
+from fastrl.train.algorithm import ESTIMATORS
 from fastrl.train.collect import Experience, TrainerState, collect, collect_round
 from fastrl.train.config import PPOConfig
 from fastrl.train.contents import contents_of
@@ -30,12 +31,14 @@ from fastrl.train.guards import check_probability_error, check_verdicts
 from fastrl.train.interrupt import EXIT_INTERRUPTED
 from fastrl.train.ppo_roles import print_roles
 from fastrl.train.ppo_round import Measures, Round, measured_round, mini_batches, shaped_scores
-from fastrl.train.ppo_setup import ESTIMATORS, Setup, pretrain_batches, set_up, states_of
+from fastrl.train.ppo_setup import Setup, pretrain_batches, set_up, states_of
 from fastrl.train.provenance import write_environment
 from fastrl.train.run_directory import open_run_directory
 from fastrl.train.schedule import learning_rate_at, warmup_length
 from fastrl.train.snapshot import Progress, restore, save
 from fastrl.train.update import update
+
+ABOUT_GROUPS = ("frac_reward_zero_std", "dynamic_sampling/waste")  # a critic needs none, so they say nothing here
 
 
 def run(config: PPOConfig) -> int:
@@ -139,7 +142,8 @@ def learn(
         num_tokens=progress.num_tokens + n_tokens,
         kl_coef=_next_kl_coef(config, found, progress),
     )
-    of_round = experience_metrics(experience, updates=len(steps)) | found.metrics
+    of_round = experience_metrics(experience, updates=len(steps))
+    of_round = {name: value for name, value in of_round.items() if name not in ABOUT_GROUPS} | found.metrics
     of_round |= {
         "episode": ordinal * config.num_generations,
         "epoch": ordinal / len(setup.prompts),
@@ -201,7 +205,7 @@ def take_step(config: PPOConfig, setup: Setup, part: list[TokenSequence], *, ste
     """
     roles = setup.roles
     batches = pack(part, token_budget=config.packing.token_budget, device=roles.policy.device)
-    text = pretrain_batches(config, setup.pretrain, step=step, setup=setup) if part else []
+    text = pretrain_batches(config, setup, step=step) if part else []
     rate = _learning_rate(config, setup, step, peak=config.learning_rate)
     metrics = update(roles.optimizer, setup.policy_loss, [*batches, *text], config, lr=rate, step=step + 1)
     if setup.value_loss is not None and roles.critic_optimizer is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from fastrl.algorithms.policy_gradient import PolicyGradient
 from fastrl.algorithms.presets import ppo
 from fastrl.data.pack import pack
-from fastrl.losses.kl import k1, k3
 from fastrl.rewards.protocol import Reward
 from fastrl.rewards.resolve import resolve_rewards
 from fastrl.rollout.builtin import context_length
+from fastrl.train.algorithm import ESTIMATORS
 from fastrl.train.collect import Sampler
 from fastrl.train.config import DataBlock, PPOConfig, SFTConfig
 from fastrl.train.device import check_backend, pick_device
@@ -34,7 +34,6 @@ from fastrl.types import TokenBatch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ESTIMATORS = {"k1": k1, "k3": k3}
 REWARD_MODEL = "reward_model"
 
 
@@ -155,13 +154,16 @@ def pretraining_rows(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> l
     return load_examples(config.pretrain_dataset, tokenizer, supervised, output_dir=None).rows
 
 
-def pretrain_batches(config: PPOConfig, rows: Sequence[Example], *, step: int, setup: Setup) -> list[TokenBatch]:
+def pretrain_batches(config: PPOConfig, setup: Setup, *, step: int) -> list[TokenBatch]:
     """The pretraining text of one policy update: every trained token weighs ptx_coef / (trained tokens there).
 
     Args:
-        rows: all of them; [] gives no batch.
         step: optimizer steps taken before; with the seed it fixes which rows are next.
+
+    Returns:
+        Batches without advantages; [] without pretraining rows.
     """
+    rows = setup.pretrain
     if not rows:
         return []
     count = config.pretrain_batch_size or config.per_device_train_batch_size * config.gradient_accumulation_steps

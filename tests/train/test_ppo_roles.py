@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
@@ -116,6 +117,16 @@ def test_adapters_of_one_base_answer_as_models_of_their_own(folder: Path) -> Non
         apart["reward"] - answers(roles(folder, reward_model_path=str(folder / "full")), batch)["reward"]
     ).abs().max() > 0.1
     torch.testing.assert_close(apart["value"], apart["reward"])  # a critic starts from its reward model
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
+def test_peft_reads_a_reward_models_adapter_with_its_head(folder: Path) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
+    adapted = PeftModel.from_pretrained(base, str(folder / "reward" / "adapter"))
+    merged = AutoModelForSequenceClassification.from_pretrained(folder / "reward" / "model")
+    ids = torch.tensor([[2, 4, 5, 3, 6, 1]])
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_the_critics_loss_moves_its_own_adapter_and_head_and_nothing_else(folder: Path) -> None:
