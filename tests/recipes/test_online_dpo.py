@@ -59,7 +59,7 @@ def test_a_run_counts_its_pairs_and_learns_what_is_rewarded(base: Base, tmp_path
     for line in lines:
         assert line["pairs"] + line["tied_prompts"] + line["unjudged_prompts"] == 4
     reward = column(lines, "reward")
-    assert sum(reward[-3:]) > 1.2 * sum(reward[:3])
+    assert sum(reward[-3:]) > sum(reward[:3]) + 0.1
 
 
 def test_a_round_without_a_pair_leaves_the_weights_alone(base: Base, tmp_path: Path) -> None:
