@@ -238,8 +238,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("stop", [send_sigterm, cut_power])
+@pytest.mark.parametrize(("variant", "stop"), [*((name, send_sigterm) for name in VARIANTS), ("tr_dpo", cut_power)])
 def test_a_run_stopped_after_any_step_resumes_bit_for_bit(
     base: Base, data: Path, tmp_path: Path, variant: str, stop: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
