@@ -82,7 +82,7 @@ def test_lambda_one_without_critic_is_the_sum_of_later_rewards(backend):
     assert advantage.tolist() == returns.tolist() == [6.0, 5.0, 3.0, 10.0]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.integers(0, 9), min_size=0, max_size=6),
     seed=st.integers(0, 999),

@@ -110,7 +110,7 @@ def test_without_a_spread_to_divide_by_a_raw_reward_gives_nothing(backend, scale
     assert group_advantage(reward, group, scale=Scale.NONE, **options).tolist() == [3.0, 3.0, 3.0]
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     size=st.integers(0, 24),
     seed=st.integers(0, 999),

@@ -64,7 +64,7 @@ def test_gradients_are_the_scan_from_the_left_and_the_carried_value(backend):
     assert decay.grad.tolist() == [3.0, 1.5 * 4.0, 0.0]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.integers(0, 9), min_size=0, max_size=6),
     seed=st.integers(0, 999),

@@ -44,7 +44,7 @@ def call(tensors, weight, options, backend):
     )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     size=st.integers(0, 17),
     seed=st.integers(0, 9999),
