@@ -30,6 +30,7 @@ from fastrl.train.config import (
     KTOConfig,
     OnlineDPOConfig,
     ORPOConfig,
+    PipelineConfig,
     PPOConfig,
     PRMConfig,
     RewardConfig,
@@ -37,6 +38,7 @@ from fastrl.train.config import (
     SFTConfig,
     TeacherConfig,
 )
+from fastrl.train.config.pipeline import is_made_later
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +74,12 @@ RECIPES: dict[str, Recipe] = {
     "teacher": Recipe(TeacherConfig, "fastrl.recipes.teacher"),
     "eval": Recipe(EvalConfig, "fastrl.recipes.evaluate"),
     "generate": Recipe(GenerateConfig, "fastrl.recipes.generate"),
+    "pipeline": Recipe(PipelineConfig, "fastrl.recipes.pipeline"),
 }
 OTHERS = {
     "run": "Run the recipe that a YAML file names: fastrl run FILE [flags].",
     "config": "Write, check or describe configuration: fastrl config init|check|schema.",
-    "kernels": "Compile or check the kernels: fastrl kernels audit|check.",
+    "kernels": "List, compile or check the kernels: fastrl kernels list|audit|check.",
     "env": "What is installed, which devices and backends would be used.",
 }
 CONFIG_USAGE = "usage: fastrl config init RECIPE | check FILE [flags] | schema RECIPE"
@@ -161,6 +164,10 @@ def _config(arguments: Sequence[str]) -> int:
     match list(arguments):
         case ["-h" | "--help"]:
             print(CONFIG_USAGE)
+        case ["init", "pipeline"]:
+            from fastrl.command.pipeline import EXAMPLE
+
+            print(EXAMPLE, end="")
         case ["init", name]:
             print(init_yaml(name, _known_recipe(name).config), end="")
         case ["schema", name]:
@@ -222,12 +229,30 @@ def configure(name: str, path: str | None, arguments: Sequence[str]) -> Any:
         Refused: one line for each wrong key, value or rule.
     """
     recipe = RECIPES[name]
+    if name == "pipeline":
+        from fastrl.command.pipeline import configure_pipeline
+
+        return configure_pipeline(path, arguments)
     known = options(recipe.config)
     from_file = read_yaml(path, blocks={option.key for option in known if option.block}) if path else []
     named = [setting for setting in from_file if setting.key == "recipe"]
     if named and named[0].value != name:
         raise Refused(f"{named[0].source}: recipe: is {named[0].value}, the command is {name}; use `fastrl run {path}`")
     settings = [setting for setting in from_file if setting.key != "recipe"] + read_flags(arguments, known)
+    for setting in settings:
+        if is_made_later(setting.value):
+            raise Refused(f"{setting.source}: {setting.value} names a stage of a pipeline, and this is {name} alone")
+    return configured(name, settings)
+
+
+def configured(name: str, settings: Sequence[Setting]) -> Any:
+    """The valid configuration of a recipe from what the user wrote, flags included.
+
+    Raises:
+        Refused: one line for each wrong key, value or rule.
+    """
+    recipe = RECIPES[name]
+    known = options(recipe.config)
     wrong = unknown_keys(settings, known, name)
     if wrong:
         raise Refused("\n".join(wrong))
@@ -329,9 +354,9 @@ def _help() -> str:
         "",
     ]
     for name, recipe in RECIPES.items():
-        lines.append(f"  {name:<10}{summary(recipe.config)}")
+        lines.append(f"  {name:<12}{summary(recipe.config)}")
     for name, text in OTHERS.items():
-        lines.append(f"  {name:<10}{text}")
+        lines.append(f"  {name:<12}{text}")
     return "\n".join(
         [*lines, "", "fastrl COMMAND --help lists the options of a command. docs/cli.md explains the rest."]
     )

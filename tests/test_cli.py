@@ -233,10 +233,9 @@ def test_what_init_prints_passes_check_once_it_is_filled_in(name: str, capsys: p
     lines = []
     for line in text.splitlines():
         key = line.partition(":")[0]
-        lines.append(
-            f"{key}: {fill[key]}" if key in fill else line.replace("eval_dataset:", "eval_dataset: data.jsonl")
-        )
-    Path("init.yaml").write_text("\n".join(lines).replace("data.jsonl null", "null"))
+        filled = line + " data.jsonl" if line.endswith("eval_dataset:") else line
+        lines.append(f"{key}: {fill[key]}" if key in fill else filled)
+    Path("init.yaml").write_text("\n".join(lines))
     assert main(["config", "check", "init.yaml"]) == 0
     assert capsys.readouterr().out == f"init.yaml: valid ({name})\n"
 

@@ -99,7 +99,7 @@ def expected(hint: Any) -> str:
     elif choices(hint):
         text = f"one of {', '.join(choices(hint))}"
     elif get_origin(inner) is dict:
-        text = "a mapping {name: text}"
+        text = "a mapping {name: text}" if get_args(inner)[1] is str else "a mapping"
     else:
         text = words[inner]
     return text + (" or null" if accepts_null(hint) else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from textwrap import fill
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from fastrl.command.fields import (
     REQUIRED,
@@ -102,7 +102,8 @@ def _json_type(hint: Any) -> dict[str, Any]:
     if is_list(hint):
         name, extra = "array", {"items": _json_type(item_of(hint))}
     elif get_origin(inner) is dict:
-        name, extra = "object", {"additionalProperties": {"type": "string"}}
+        is_text = get_args(inner)[1] is str
+        name, extra = "object", {"additionalProperties": {"type": "string" if is_text else "object"}}
     else:
         name = names[inner]
     return {"type": [name, "null"] if accepts_null(hint) else name} | extra

@@ -6,6 +6,7 @@
     unpaired    every distinct judged completion, label = pass
 
 A completion cut off by the length limit, or one a reward failed on, is in no row: nobody knows what it would have been.
+Nor is an empty one: no stage can train on it.
 
 Source: best-of-n, Nakano et al. 2021, arXiv:2112.09332, sec. 3.2; rejection sampling for SFT, Yuan et al. 2023,
 arXiv:2308.01825 (RFT), sec. 3.2: distinct correct paths.
@@ -81,9 +82,10 @@ SELECTIONS: dict[str, Selection] = {"sft": sft_rows, "preference": preference_ro
 
 
 def _judged(candidates: Sequence[Candidate]) -> list[tuple[Candidate, float]]:
-    """Whole, judged, distinct completions with their rewards; the first of equal ones stays."""
+    """Whole, judged, distinct, not empty completions with their rewards; the first of equal ones stays."""
     first: dict[str, tuple[Candidate, float]] = {}
     for candidate in candidates:
-        if candidate.is_whole and candidate.reward is not None:
-            first.setdefault(candidate.text.strip(), (candidate, candidate.reward))
+        text = candidate.text.strip()
+        if text and candidate.is_whole and candidate.reward is not None:
+            first.setdefault(text, (candidate, candidate.reward))
     return list(first.values())

@@ -114,6 +114,16 @@ def open_run_directory(output_dir: str | Path, config: Mapping[str, Any], *, res
         raise
 
 
+def hold_directory(path: Path) -> RunDirectory:
+    """Take `path` for this process whatever is in it: for what looks after the runs below it.
+
+    Raises:
+        RunDirectoryError: another process holds it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    return RunDirectory(path, _locked(path))
+
+
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`field: old -> new` for every field that changes the result, in alphabetical order; absent ones say so."""
     # What is stored went through JSON: a tuple is a list there.

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from fastrl.train.config.pipeline import is_made_later
 from fastrl.train.tiny_files import FILES, MODELS, is_tiny, tiny_problem
 
 
 def model_problem(path: str) -> Iterator[str]:
-    """A model is a directory with config.json and safetensors, or made on the spot."""
+    """A model is a directory with config.json and safetensors, or made on the spot or by an earlier stage."""
+    if is_made_later(path):
+        return
     if is_tiny(path):
         yield from tiny_problem("model_name_or_path", path, MODELS)
         return
@@ -42,7 +45,7 @@ def dataset_problem(key: str, path: str | None) -> Iterator[str]:
 
 def file_problem(key: str, path: str | None, *, is_directory: bool = False) -> Iterator[str]:
     """What is read exists. None is no path and no problem."""
-    if path is None:
+    if path is None or is_made_later(path):
         return
     if not Path(path).exists():
         yield f"{key}: {path} does not exist{_tilde(path)}; paths start at the current directory"

@@ -71,7 +71,7 @@ def test_the_schema_takes_what_init_wrote_once_it_is_filled_in(name: str) -> Non
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     filled = yaml.safe_load(init_yaml(name, RECIPES[name].config))
     for key in schema["required"]:
-        filled[key] = ["numeric"] if schema["properties"][key]["type"] == "array" else "somewhere"
+        filled[key] = {"array": ["numeric"], "object": {}}.get(schema["properties"][key]["type"], "somewhere")
     assert conforms(filled, schema)
 
 

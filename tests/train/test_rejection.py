@@ -12,6 +12,7 @@ CANDIDATES = [
     Candidate("d", "d", None, True),  # no verdict
     Candidate("e", "e", 2.0, False),  # cut off
     Candidate("f", "f", -1.0, True),
+    Candidate(" ", " ", 3.0, True),  # nothing to learn from
 ]
 
 

@@ -9,6 +9,7 @@ from fastrl.train.config.distillation import DistillConfig, GKDConfig, TeacherCo
 from fastrl.train.config.grpo import DynamicSamplingBlock, GRPOConfig, SamplerCorrectionBlock
 from fastrl.train.config.inference import DemoConfig, EvalConfig, GenerateConfig, InferenceConfig
 from fastrl.train.config.on_policy import OnPolicyConfig, OverlongBlock
+from fastrl.train.config.pipeline import PipelineConfig
 from fastrl.train.config.ppo import PPOConfig
 from fastrl.train.config.preference import (
     CPOConfig,
@@ -45,6 +46,7 @@ __all__ = [
     "PPOConfig",
     "PRMConfig",
     "PackingBlock",
+    "PipelineConfig",
     "PreferenceConfig",
     "RRHFConfig",
     "ReferenceConfig",
