@@ -6,7 +6,6 @@ with LoRA the policy without its adapter. Prompts whose completions tie, or have
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import ceil
@@ -15,36 +14,38 @@ from time import perf_counter
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrl.losses import preference
 from fastrl.report.completions import samples_of
 from fastrl.report.journal import Journal
+from fastrl.rewards.protocol import Reward
 from fastrl.rewards.resolve import resolve_rewards
 from fastrl.rollout.builtin import context_length
 from fastrl.train.collect import Experience, Sampler, TrainerState, collect, collect_round
 from fastrl.train.config import OnlineDPOConfig
 from fastrl.train.contents import contents_of
-from fastrl.train.device import check_backend, peak_gib, pick_device
+from fastrl.train.device import check_backend, compute_dtype, peak_gib, pick_device
 from fastrl.train.estimate import estimate_by_group
 from fastrl.train.experience_metrics import experience_metrics
 from fastrl.train.export import save_pretrained
 from fastrl.train.from_config import journal_of, model_of, optimizer_of, tokenizer_of
 from fastrl.train.guards import check_verdicts
 from fastrl.train.interrupt import EXIT_INTERRUPTED
+from fastrl.train.model_reward import ModelReward
+from fastrl.train.online_pairs import best_and_worst
 from fastrl.train.optimizer import MasterAdamW
 from fastrl.train.pairs import halves, n_tokens, pack_pairs, pair_metrics, pair_scores
 from fastrl.train.policy_setup import check_lengths, prompts_of, sampler_of
-from fastrl.train.preference_rows import Pair
 from fastrl.train.prompts import Prompt
 from fastrl.train.provenance import write_environment
 from fastrl.train.reference import Reference, check_same_vocabulary, live_reference
 from fastrl.train.run_directory import open_run_directory
 from fastrl.train.schedule import learning_rate_at, warmup_length
+from fastrl.train.score_model import load_score_model, token_scores
 from fastrl.train.snapshot import Progress, restore, save
-from fastrl.train.supervised import Example
 from fastrl.train.update import BatchLoss, update
-from fastrl.types import LossOutput, Rollout, TokenBatch
+from fastrl.types import LossOutput, TokenBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,23 +73,6 @@ class Setup:
     total_steps: int
 
 
-@dataclass(frozen=True, slots=True)
-class Paired:
-    """The pairs of one round.
-
-    Attributes:
-        pairs: one for each prompt whose best and worst completions differ in reward.
-        margins: difference of their rewards.
-        n_tied: prompts whose judged completions have all the same reward.
-        n_unjudged: prompts with fewer than two verdicts.
-    """
-
-    pairs: list[Pair]
-    margins: list[float]
-    n_tied: int
-    n_unjudged: int
-
-
 def run(config: OnlineDPOConfig) -> int:
     """Train a policy on pairs of its own completions; return the process's exit code.
 
@@ -96,12 +80,13 @@ def run(config: OnlineDPOConfig) -> int:
     """
     rewards = config.reward_funcs
     contents = {**contents_of(data=[config.train_dataset], model=config.model_name_or_path, rewards=rewards)}
-    if config.ref_model_name_or_path is not None:
-        contents |= contents_of(data=[], model=config.ref_model_name_or_path)
+    for path in (config.ref_model_name_or_path, config.reward_model_path):
+        contents |= contents_of(data=[], model=path) if path is not None else {}
     record = asdict(config) | {"contents": contents}
     with open_run_directory(config.output_dir, record, resume=config.resume_from_checkpoint) as directory:
         tokenizer = tokenizer_of(config)
         check_same_vocabulary(config, tokenizer, config.ref_model_name_or_path)
+        check_same_vocabulary(config, tokenizer, config.reward_model_path, option="reward_model_path")
         setup = set_up(config, tokenizer)
         write_environment(directory.path, setup.policy.device)
         states = {"optimizer": setup.optimizer}
@@ -140,14 +125,14 @@ def run(config: OnlineDPOConfig) -> int:
     return 0
 
 
-def set_up(config: OnlineDPOConfig, tokenizer: object) -> Setup:
+def set_up(config: OnlineDPOConfig, tokenizer: PreTrainedTokenizerBase) -> Setup:
     """Check the data, then load the models.
 
     Raises:
         ValueError: bad rows, or sequences that will not fit.
     """
     check_backend(config.kernels.backend, pick_device(config.device))
-    rewards = resolve_rewards(config.reward_funcs, config.reward_weights)
+    rewards = resolve_rewards(config.reward_funcs, config.reward_weights) if config.reward_funcs else []
     load = partial(prompts_of, config, tokenizer, rewards, output_dir=config.output_dir)
     prompts = load(config.train_dataset)
     held_out = load(config.eval_dataset) if config.eval_dataset else []
@@ -161,10 +146,27 @@ def set_up(config: OnlineDPOConfig, tokenizer: object) -> Setup:
         policy=policy,
         reference=live_reference(config, policy, config.ref_model_name_or_path, temperature=config.temperature),
         optimizer=optimizer_of(config, policy),
-        sampler=sampler_of(config, policy, tokenizer, rewards),
+        sampler=sampler_of(config, policy, tokenizer, [*rewards, *model_rewards(config, tokenizer)]),
         groups=groups,
         total_steps=config.max_steps if config.max_steps > 0 else steps,
     )
+
+
+def model_rewards(config: OnlineDPOConfig, tokenizer: PreTrainedTokenizerBase) -> list[Reward]:
+    """The reward model as a reward function; none without one."""
+    if config.reward_model_path is None:
+        return []
+    device = pick_device(config.device)
+    model = load_score_model(
+        config.reward_model_path,
+        dtype=compute_dtype(config.dtype),
+        device=device,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    ).requires_grad_(False)
+    budget = config.packing.token_budget + 1  # it is fed the last token too
+    judge = ModelReward(partial(token_scores, model), tokenizer, token_budget=budget, device=device)
+    return [Reward(judge, weight=config.reward_model_weight, name="reward_model")]
 
 
 def learn(
@@ -241,33 +243,6 @@ def penalised(config: OnlineDPOConfig, experience: Experience) -> Tensor:
     return experience.reward - config.missing_eos_penalty * is_cut
 
 
-def best_and_worst(rollouts: Sequence[Rollout], reward: Tensor, group: Tensor) -> Paired:
-    """Pair the first best with the first worst completion of each prompt.
-
-    Args:
-        rollouts: [S] judged completions.
-        reward: [S]; NaN is no verdict.
-        group: [S] int64, the prompt of each.
-    """
-    members: dict[int, list[tuple[float, Rollout]]] = {}
-    for rollout, value, number in zip(rollouts, reward.tolist(), group.tolist(), strict=True):
-        judged = members.setdefault(number, [])
-        if value == value:  # not NaN
-            judged.append((value, rollout))
-    pairs, margins, n_tied, n_unjudged = [], [], 0, 0
-    for judged in members.values():
-        best = max(judged, key=lambda each: each[0], default=(0.0, None))
-        worst = min(judged, key=lambda each: each[0], default=(0.0, None))
-        if len(judged) < 2:
-            n_unjudged += 1
-        elif best[0] == worst[0]:
-            n_tied += 1
-        elif best[1] is not None and worst[1] is not None:
-            pairs.append(Pair(_example(best[1]), _example(worst[1])))
-            margins.append(best[0] - worst[0])
-    return Paired(pairs, margins, n_tied, n_unjudged)
-
-
 def online_batch_loss(policy: PreTrainedModel, config: OnlineDPOConfig, ref_logprob: Tensor) -> BatchLoss:
     """The loss of one packed batch of a step's pairs, as `update` calls it.
 
@@ -288,8 +263,3 @@ def online_batch_loss(policy: PreTrainedModel, config: OnlineDPOConfig, ref_logp
         )
 
     return loss
-
-
-def _example(rollout: Rollout) -> Example:
-    is_sampled = rollout.is_sampled or (True,) * len(rollout.completion_ids)
-    return Example(rollout.prompt_ids + rollout.completion_ids, (False,) * len(rollout.prompt_ids) + is_sampled)

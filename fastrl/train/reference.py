@@ -90,11 +90,18 @@ def completion_logprob(
     return total
 
 
-def check_same_vocabulary(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, reference: str | None) -> None:
-    """Refuse a reference model that reads other tokens than the policy, before any weight is loaded.
+def check_same_vocabulary(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    reference: str | None,
+    *,
+    option: str = "ref_model_name_or_path",
+) -> None:
+    """Refuse a reference or reward model that reads other tokens than the policy, before any weight is loaded.
 
     Args:
         reference: its directory; None is the policy's own and always fits.
+        option: what names it, for the message.
 
     Raises:
         ValueError: a token has another number there, or, without a tokenizer there, the vocabulary another size.
@@ -102,13 +109,13 @@ def check_same_vocabulary(config: TrainConfig, tokenizer: PreTrainedTokenizerBas
     if reference is None:
         return
     folder = model_directory(reference, trust_remote_code=config.trust_remote_code)
-    remedy = "a reference must read the same tokens: choose one of the same family"
+    remedy = "it must read the same tokens: choose one of the same family"
     if not has_tokenizer(folder):
         ours, theirs = (_vocab_size(json_file(model_directory(path, trust_remote_code=True) / "config.json"))
                         for path in (config.model_name_or_path, reference))  # fmt: skip
         if ours != theirs:
             raise ValueError(
-                f"ref_model_name_or_path: the vocabulary of {reference} has {theirs} tokens and that of "
+                f"{option}: the vocabulary of {reference} has {theirs} tokens and that of "
                 f"{config.model_name_or_path} has {ours}; {remedy}"
             )
         return
@@ -118,7 +125,7 @@ def check_same_vocabulary(config: TrainConfig, tokenizer: PreTrainedTokenizerBas
         here, there = vocabulary.get(token, "absent"), other.get(token, "absent")
         if here != there:
             raise ValueError(
-                f"ref_model_name_or_path: {reference} has another vocabulary than {config.model_name_or_path}: "
+                f"{option}: {reference} has another vocabulary than {config.model_name_or_path}: "
                 f"token {token!r} is {there} there and {here} here; {remedy}"
             )
 

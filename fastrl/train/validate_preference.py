@@ -105,8 +105,13 @@ def orpo_problems(config: PreferenceConfig) -> Problems:
 
 def online_dpo_problems(config: OnlineDPOConfig) -> Problems:
     """Rules of `fastrl online_dpo`."""
-    if not config.reward_funcs:
-        yield "reward_funcs: is empty; name at least one, such as numeric or package.module:function"
+    if not config.reward_funcs and config.reward_model_path is None:
+        yield "reward_funcs: is empty, nothing judges the completions; set it, or reward_model_path"
+    if config.reward_model_path is None and config.reward_model_weight != 1:
+        yield "reward_model_weight: has no effect without reward_model_path; set that too"
+    if config.reward_model_path is not None:
+        found = model_problem(config.reward_model_path)
+        yield from (problem.replace("model_name_or_path", "reward_model_path", 1) for problem in found)
     for spec in config.reward_funcs:
         yield from reward_problem(spec)
     if config.reward_weights is not None and len(config.reward_weights) != len(config.reward_funcs):

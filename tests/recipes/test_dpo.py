@@ -176,8 +176,13 @@ def test_without_a_reference_the_log_probabilities_themselves_are_compared(
 
 @pytest.mark.parametrize(
     ("changes", "models"),
-    [({}, 1), ({"ref_model_name_or_path": "other"}, 1), ({"precompute_ref_log_probs": False}, 2)],
-    ids=["start", "another", "live"],
+    [
+        ({}, 1),
+        ({"ref_model_name_or_path": "other"}, 1),
+        ({"precompute_ref_log_probs": False, "use_peft": True}, 1),
+        ({"precompute_ref_log_probs": False}, 2),
+    ],
+    ids=["start", "another", "adapter", "live"],
 )
 def test_a_precomputed_reference_leaves_one_model_in_memory(
     base: Base,

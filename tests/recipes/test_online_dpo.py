@@ -13,7 +13,8 @@ import torch
 from fastrl.recipes import online_dpo
 from fastrl.train.config import DataBlock, OnlineDPOConfig
 from fastrl.train.interrupt import EXIT_INTERRUPTED
-from fastrl.types import Rollout
+from fastrl.train.model import load_tokenizer
+from fastrl.train.score_model import load_score_model, save_score_model
 from tests.recipes.preference_runs import configured
 from tests.recipes.runs import Base, after_call, assert_same_run, column, metrics_of, send_sigterm
 
@@ -30,24 +31,6 @@ def config_of(base: Base, folder: Path, **changes: Any) -> OnlineDPOConfig:
         "data": DataBlock(max_rows=10),
     }
     return configured(OnlineDPOConfig, base, base.files.prompts, folder, **options | changes)
-
-
-def test_the_best_meets_the_worst_and_ties_and_missing_verdicts_make_no_pair() -> None:
-    rollouts = [Rollout((1, 2), (i,), (-0.5,), "stop", 0) for i in range(10)]
-    nan = math.nan
-    reward = torch.tensor([1.0, 3.0, 3.0, 0.5, 2.0, 2.0, nan, nan, 4.0, nan])
-    group = torch.tensor([7, 7, 7, 7, 2, 2, 2, 5, 5, 5])
-    paired = online_dpo.best_and_worst(rollouts, reward, group)
-    assert [(pair.chosen.ids, pair.rejected.ids) for pair in paired.pairs] == [((1, 2, 1), (1, 2, 3))]
-    assert paired.pairs[0].chosen.is_trained == (False, False, True)
-    assert (paired.margins, paired.n_tied, paired.n_unjudged) == ([2.5], 1, 1)
-
-
-def test_tokens_the_policy_did_not_choose_are_not_trained() -> None:
-    rollout = Rollout((1,), (2, 3, 4), (-1.0, 0.0, -1.0), "stop", 0, is_sampled=(True, False, True))
-    other = Rollout((1,), (5,), (-1.0,), "stop", 0)
-    (pair,) = online_dpo.best_and_worst([other, rollout], torch.tensor([0.0, 1.0]), torch.tensor([0, 0])).pairs
-    assert pair.chosen.is_trained == (False, True, False, True)
 
 
 def test_a_run_counts_its_pairs_and_learns_what_is_rewarded(base: Base, tmp_path: Path) -> None:
@@ -83,3 +66,14 @@ def test_a_run_stopped_while_sampling_resumes_bit_for_bit(
         assert online_dpo.run(config) == EXIT_INTERRUPTED
     assert online_dpo.run(replace(config, resume_from_checkpoint="auto")) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "stopped", checkpoint=4)
+
+
+def test_a_reward_model_judges_alone(base: Base, tmp_path: Path) -> None:
+    score = load_score_model(base.model, dtype=torch.float32, device="cpu", new_head=1.0)
+    tokenizer = load_tokenizer(base.model, chat_template=None)
+    save_score_model(score, tokenizer, tmp_path / "judge", card="random")
+    config = config_of(base, tmp_path / "run", reward_funcs=(), reward_model_path=str(tmp_path / "judge"))
+    assert online_dpo.run(replace(config, reward_model_weight=2.0, learning_rate=3e-2, max_steps=12)) == 0
+    lines = metrics_of(tmp_path / "run")
+    assert lines[0]["reward"] == pytest.approx(2.0 * lines[0]["rewards/reward_model/mean"], rel=1e-5)
+    assert sum(column(lines, "reward")[-3:]) > sum(column(lines, "reward")[:3])

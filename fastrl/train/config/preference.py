@@ -151,6 +151,8 @@ class OnlineDPOConfig(OnPolicyConfig):
         beta: how strongly the policy is held to the reference.
         loss_type: sigmoid, or ipo of log-ratios summed over the completion, as TRL's online DPO compares them.
         ref_model_name_or_path: directory of the reference; None is the model the run starts from.
+        reward_model_path: directory of a model with a scalar head, whose score of prompt and completion is a reward.
+        reward_model_weight: its weight in the sum with reward_funcs.
         missing_eos_penalty: taken from the reward of a truncated completion; None takes nothing.
     """
 
@@ -159,4 +161,6 @@ class OnlineDPOConfig(OnPolicyConfig):
     beta: float = 0.1
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
     ref_model_name_or_path: str | None = None
+    reward_model_path: str | None = None
+    reward_model_weight: float = 1.0
     missing_eos_penalty: float | None = None
