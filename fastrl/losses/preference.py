@@ -29,7 +29,7 @@ def sigmoid(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: f
     Returns:
         [P] loss per pair.
 
-    Source: Rafailov 2023, arXiv:2305.18290, eq. 7; Mitchell 2023, "A note on DPO with noisy preferences", eq. 3.
+    Source: Rafailov 2023, arXiv:2305.18290, eq. 7; Mitchell 2023, "A note on DPO with noisy preferences".
     """
     logit = beta * (chosen - rejected)
     if label_smoothing == 0:
@@ -45,7 +45,7 @@ def robust(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: fl
     Args:
         label_smoothing: e in [0, 1/2), the share of labels that are flipped.
 
-    Source: Chowdhury 2024, arXiv:2403.00409, eq. 12.
+    Source: Chowdhury 2024, arXiv:2403.00409.
     """
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing of robust must be in [0, 0.5), got {label_smoothing}")
@@ -57,7 +57,7 @@ def robust(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: fl
 def hinge(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
     """SLiC's margin: max(0, 1 - beta d); gradient 0 from beta d = 1 on.
 
-    Source: Zhao 2023, arXiv:2305.10425, eq. 1; with log-ratios Liu 2023 (RSO), arXiv:2309.06657, eq. 9.
+    Source: Zhao 2023, arXiv:2305.10425; with log-ratios Liu 2023 (RSO), arXiv:2309.06657.
     """
     return torch.relu(1 - beta * (chosen - rejected))
 
@@ -99,7 +99,7 @@ def nca_pair(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
 
         loss = -s(beta chosen) - s(-beta chosen) / 2 - s(-beta rejected) / 2
 
-    Source: Chen 2024, arXiv:2402.05369, eq. 12 with two responses.
+    Source: Chen 2024, arXiv:2402.05369, its loss for pairs.
     """
     return -logsigmoid(beta * chosen) - 0.5 * logsigmoid(-beta * chosen) - 0.5 * logsigmoid(-beta * rejected)
 
@@ -107,7 +107,7 @@ def nca_pair(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
 def bco_pair(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
     """Binary classification of each response: -s(beta chosen) - s(-beta rejected), without a reward shift.
 
-    Source: Jung 2024, arXiv:2404.04656, eq. 7.
+    Source: Jung 2024, arXiv:2404.04656.
     """
     return -logsigmoid(beta * chosen) - logsigmoid(-beta * rejected)
 

@@ -23,7 +23,7 @@ def rrhf(logprob: Tensor, score: Tensor, group: Tensor) -> Tensor:
 
     Cost: O(S^2) numbers, S the completions of a micro-batch.
 
-    Source: Yuan 2023, arXiv:2304.05302, eq. 2 and 3.
+    Source: Yuan 2023, arXiv:2304.05302, L_rank.
     """
     is_worse = (score[None, :] < score[:, None]) & (group[None, :] == group[:, None])  # [S, S]: j worse than i
     violation = torch.relu(logprob[None, :] - logprob[:, None])

@@ -47,6 +47,6 @@ def kl_baseline(log_ratio: Tensor) -> Tensor:
     Returns:
         [] nats, without gradient; 0 when there is no pair.
 
-    Source: Ethayarajh 2024, arXiv:2402.01306, sec. 4.1.
+    Source: Ethayarajh 2024, arXiv:2402.01306.
     """
     return (log_ratio.detach().double().sum() / max(1, len(log_ratio))).clamp(min=0).to(log_ratio.dtype)

@@ -140,7 +140,7 @@ class MovingReference:
     def follow(self, policy: nn.Module, *, share: float) -> None:
         """Reference = share x policy + (1 - share) x reference, in float32.
 
-        Source: Gorbatovski 2024, arXiv:2404.09656, eq. 5 (soft update; hard with a share of 1).
+        Source: Gorbatovski 2024, arXiv:2404.09656 (the soft update; a share of 1 is the hard one).
         """
         for name, theirs in policy.named_parameters():
             ours = self._weights[name]
