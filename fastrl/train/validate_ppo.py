@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastrl.train.config import PPOConfig
+from fastrl.train.config.pipeline import is_made_later
 from fastrl.train.tiny_files import MODELS, is_tiny, tiny_problem
 from fastrl.train.validate_files import dataset_problem
 from fastrl.train.validate_rewards import reward_problem
@@ -43,7 +44,7 @@ def _models(config: PPOConfig) -> Problems:
         ("reward_model_path", config.reward_model_path),
         ("value_model_path", config.value_model_path),
     ):
-        if path is None:
+        if path is None or is_made_later(path):
             continue
         if is_tiny(path):
             yield from tiny_problem(key, path, MODELS)
@@ -69,6 +70,8 @@ def _adapters(config: PPOConfig) -> Problems:
         is_adapter = path is not None and (Path(path) / "adapter_config.json").is_file()
         if is_adapter and not config.use_peft:
             yield f"{key}: {path} is an adapter, which needs the base that use_peft keeps; set that, or name a model"
+        if is_made_later(path):
+            continue
         if path is not None and not is_adapter and config.use_peft and key == "value_model_path":
             yield f"{key}: with use_peft the critic is an adapter of the policy's base, and {path} is none; remove it"
 
