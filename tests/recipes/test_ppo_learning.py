@@ -52,6 +52,5 @@ def test_ppo_and_grpo_reach_the_same_reward_on_the_demo_task(tmp_path: Path) -> 
             first, last = reached(tmp_path / f"{name}{seed}")
             assert last > first + 0.05, (name, seed)
             rewards.append(last)
-    print(found)
     middle = {name: median(rewards) for name, rewards in found.items()}
     assert abs(middle["ppo"] - middle["grpo"]) <= 0.1 * middle["grpo"], found
