@@ -10,7 +10,7 @@ THREADS := OMP_NUM_THREADS=1
 TORCH_INDEX ?=
 CPU_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: install demo test check test-slow test-gpu kernels-audit bench bench-cpu example-gsm8k clean
+.PHONY: install demo test check test-slow test-gpu kernels-audit parity-vectors bench bench-cpu example-gsm8k examples clean
 
 install: $(VENV)/.installed
 
@@ -42,9 +42,14 @@ test-slow: install
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu
 
-# Cross-compiles every kernel for every chip; needs no GPU. Ten minutes cold, cached afterwards.
+# Cross-compiles every kernel for every chip; needs no GPU. Four minutes cold, cached afterwards.
 kernels-audit: install
 	$(BIN)/fastrl kernels audit
+
+# What TRL and Liger compute, for tests/parity. PEERS is a Python with fastrl and what its extra `peers` names.
+parity-vectors:
+	$(THREADS) $(PEERS) tests/parity/make_trl_vectors.py
+	$(THREADS) $(PEERS) tests/parity/make_loss_vectors.py
 
 bench: install
 	$(BIN)/python -m bench
@@ -55,6 +60,10 @@ bench-cpu: install
 # Five minutes of processor time; needs GSM8K's train.jsonl (examples/gsm8k/README.md).
 example-gsm8k: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/gsm8k/run.sh
+
+# Every file of examples/tiny to its end, with a look at what it learned: ten minutes of one core.
+examples: install
+	$(THREADS) $(BIN)/python -m pytest -m slow tests/examples/test_tiny_examples.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

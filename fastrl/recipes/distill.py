@@ -25,7 +25,6 @@ from fastrl.train.provenance import write_environment
 from fastrl.train.run_directory import open_run_directory
 from fastrl.train.supervised import Example, load_examples
 from fastrl.train.teacher import (
-    check_same_tokens,
     live_teacher_loss,
     stored_teacher_loss,
     teacher_of,
@@ -33,6 +32,7 @@ from fastrl.train.teacher import (
 )
 from fastrl.train.top_tokens_file import StoredTeacher, read_top_tokens
 from fastrl.train.update import BatchLoss
+from fastrl.train.vocabulary import check_same_vocabulary
 from fastrl.types import TokenBatch
 
 BETA = {"forward_kl": 0.0, "reverse_kl": 1.0}
@@ -54,10 +54,7 @@ def run(config: DistillConfig) -> int:
     record = asdict(config) | {"contents": contents}
     with open_run_directory(config.output_dir, record, resume=config.resume_from_checkpoint) as directory:
         tokenizer = tokenizer_of(config)
-        if teacher is not None:
-            check_same_tokens(
-                tokenizer, teacher, student=config.model_name_or_path, trust_remote_code=config.trust_remote_code
-            )
+        check_same_vocabulary(config, tokenizer, teacher, option="teacher_model_name_or_path")
         load = partial(load_examples, tokenizer=tokenizer, config=config, output_dir=config.output_dir)
         train = load(config.train_dataset)
         held_out = load(config.eval_dataset).rows if config.eval_dataset else []

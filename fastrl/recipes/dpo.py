@@ -36,10 +36,11 @@ from fastrl.train.pairs import (
 )
 from fastrl.train.preference_rows import Pair, load_pairs
 from fastrl.train.provenance import write_environment
-from fastrl.train.reference import MovingReference, Reference, check_same_vocabulary, policy_and_reference
+from fastrl.train.reference import MovingReference, Reference, policy_and_reference
 from fastrl.train.run_directory import open_run_directory
 from fastrl.train.snapshot import Stateful
 from fastrl.train.update import BatchLoss
+from fastrl.train.vocabulary import check_same_vocabulary
 from fastrl.types import LossOutput, TokenBatch
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]  # scores of chosen and rejected [P] -> [P]
@@ -58,7 +59,7 @@ def run(config: DPOConfig) -> int:
     record = asdict(config) | {"contents": contents}
     with open_run_directory(config.output_dir, record, resume=config.resume_from_checkpoint) as directory:
         tokenizer = tokenizer_of(config)
-        check_same_vocabulary(config, tokenizer, config.ref_model_name_or_path)
+        check_same_vocabulary(config, tokenizer, config.ref_model_name_or_path, option="ref_model_name_or_path")
         load = partial(load_pairs, tokenizer=tokenizer, config=config, output_dir=config.output_dir)
         train = load(config.train_dataset)
         held_out = load(config.eval_dataset).rows if config.eval_dataset else []

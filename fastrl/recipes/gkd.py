@@ -30,8 +30,9 @@ from fastrl.train.model_directory import context_length
 from fastrl.train.provenance import write_environment
 from fastrl.train.run_directory import open_run_directory
 from fastrl.train.supervised import Example
-from fastrl.train.teacher import check_same_tokens, live_teacher_loss, teacher_of
+from fastrl.train.teacher import live_teacher_loss, teacher_of
 from fastrl.train.update import BatchLoss
+from fastrl.train.vocabulary import check_same_vocabulary
 from fastrl.types import LossOutput, Rollout, TokenBatch
 
 
@@ -47,12 +48,7 @@ def run(config: GKDConfig) -> int:
     record = asdict(config) | {"contents": contents}
     with open_run_directory(config.output_dir, record, resume=config.resume_from_checkpoint) as directory:
         tokenizer = tokenizer_of(config)
-        check_same_tokens(
-            tokenizer,
-            config.teacher_model_name_or_path,
-            student=config.model_name_or_path,
-            trust_remote_code=config.trust_remote_code,
-        )
+        check_same_vocabulary(config, tokenizer, config.teacher_model_name_or_path, option="teacher_model_name_or_path")
         load = partial(
             load_gkd_rows,
             tokenizer=tokenizer,

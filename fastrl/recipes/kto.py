@@ -34,7 +34,6 @@ from fastrl.train.provenance import write_environment
 from fastrl.train.reference import (
     MovingReference,
     Reference,
-    check_same_vocabulary,
     completion_logprob,
     policy_and_reference,
 )
@@ -43,6 +42,7 @@ from fastrl.train.sequences import supervised_sequence
 from fastrl.train.snapshot import Stateful
 from fastrl.train.supervised import Example
 from fastrl.train.update import BatchLoss
+from fastrl.train.vocabulary import check_same_vocabulary
 from fastrl.types import LossOutput, TokenBatch
 
 
@@ -59,7 +59,7 @@ def run(config: KTOConfig) -> int:
     record = asdict(config) | {"contents": contents}
     with open_run_directory(config.output_dir, record, resume=config.resume_from_checkpoint) as directory:
         tokenizer = tokenizer_of(config)
-        check_same_vocabulary(config, tokenizer, config.ref_model_name_or_path)
+        check_same_vocabulary(config, tokenizer, config.ref_model_name_or_path, option="ref_model_name_or_path")
         load = partial(load_judged, tokenizer=tokenizer, config=config, output_dir=config.output_dir)
         train = load(config.train_dataset)
         held_out = load(config.eval_dataset).rows if config.eval_dataset else []

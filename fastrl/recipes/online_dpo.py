@@ -39,12 +39,13 @@ from fastrl.train.pairs import halves, n_tokens, pack_pairs, pair_metrics, pair_
 from fastrl.train.policy_setup import check_lengths, prompts_of, sampler_of
 from fastrl.train.prompts import Prompt
 from fastrl.train.provenance import write_environment
-from fastrl.train.reference import Reference, check_same_vocabulary, live_reference
+from fastrl.train.reference import Reference, live_reference
 from fastrl.train.run_directory import open_run_directory
 from fastrl.train.schedule import learning_rate_at, warmup_length
 from fastrl.train.score_model import load_score_model, token_scores
 from fastrl.train.snapshot import Progress, restore, save
 from fastrl.train.update import BatchLoss, update
+from fastrl.train.vocabulary import check_same_vocabulary
 from fastrl.types import LossOutput, TokenBatch
 
 
@@ -85,7 +86,7 @@ def run(config: OnlineDPOConfig) -> int:
     record = asdict(config) | {"contents": contents}
     with open_run_directory(config.output_dir, record, resume=config.resume_from_checkpoint) as directory:
         tokenizer = tokenizer_of(config)
-        check_same_vocabulary(config, tokenizer, config.ref_model_name_or_path)
+        check_same_vocabulary(config, tokenizer, config.ref_model_name_or_path, option="ref_model_name_or_path")
         check_same_vocabulary(config, tokenizer, config.reward_model_path, option="reward_model_path")
         setup = set_up(config, tokenizer)
         write_environment(directory.path, setup.policy.device)

@@ -29,6 +29,7 @@ from fastrl.train.validate import problems
 
 LEDGER_FILE = "pipeline.json"
 DATA_FILE = "data.jsonl"
+SHOWN = ("loss", "reward", "rewards/accuracies", "eval/loss", "eval/reward", "eval/accuracy")
 # Where a stage writes and what it shows: no result depends on them.
 NOT_INPUTS = ("output_dir", "output_file", "resume_from_checkpoint", "logging_steps", "save_steps", "save_total_limit")
 
@@ -160,7 +161,8 @@ def _result(folder: Path) -> str:
     if (origin := folder / f"{DATA_FILE}.provenance.json").is_file():
         counts = json.loads(origin.read_text(encoding="utf-8"))["counts"]
         return f"{counts['rows']} rows of {counts['completions']} completions"
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    last: dict[str, float] = next((line for line in reversed(lines) if "loss" in line), {})
-    shown = [f"{name} {last[name]:.3g}" for name in ("loss", "reward", "rewards/accuracies") if name in last]
+    last: dict[str, float] = {}
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        last |= json.loads(line)
+    shown = [f"{name} {last[name]:.3g}" for name in SHOWN if name in last]
     return ", ".join(shown)

@@ -17,11 +17,11 @@ from fastrl.train.from_config import model_of, optimizer_of, reference_of
 from fastrl.train.logprob import trained_logprob
 from fastrl.train.lora import adapter, adapter_off, add_lora, is_of_adapter
 from fastrl.train.lora_files import adapter_head, load_adapter
-from fastrl.train.model import hidden_states, load_model, load_tokenizer, model_head
-from fastrl.train.model_directory import has_tokenizer
+from fastrl.train.model import hidden_states, load_model, model_head
 from fastrl.train.optimizer import MasterAdamW
 from fastrl.train.ppo_losses import head_values
 from fastrl.train.score_model import load_score_model, token_scores
+from fastrl.train.vocabulary import check_same_vocabulary
 from fastrl.types import TokenBatch
 
 if TYPE_CHECKING:
@@ -72,8 +72,7 @@ def roles_of(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Roles:
         ("reward_model_path", config.reward_model_path),
         ("value_model_path", config.value_model_path),
     ):
-        if path is not None:
-            check_same_vocabulary(tokenizer, path, key=key)
+        check_same_vocabulary(config, tokenizer, path, option=key)
     policy = model_of(config, gradient_checkpointing=config.gradient_checkpointing)
     parameters: dict[str, list[Tensor]] = {"policy": list(policy.parameters())}
     ref_logprob = reward = None
@@ -211,23 +210,6 @@ def print_roles(parameters: Mapping[str, Sequence[Tensor]]) -> None:
         weights = "own" if added == total else "shared" if added == 0 else f"{100 * added / total:.2g} % own"
         rows.append([role, f"{sum(t.numel() for t in used):,}", f"{added / GIB:.3g}", weights])
     print_table("models", ("role", "parameters", "GiB added", "weights"), rows)
-
-
-def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, *, key: str) -> None:
-    """Refuse a second model whose tokens mean something else: it would score other texts than were sampled.
-
-    Raises:
-        ValueError: naming the first token that differs. A directory without a tokenizer is believed.
-    """
-    if not has_tokenizer(Path(path)):
-        return
-    own, other = tokenizer.get_vocab(), load_tokenizer(path, chat_template=None).get_vocab()
-    for token in [*sorted(own, key=own.__getitem__), *sorted(other, key=other.__getitem__)]:
-        if own.get(token) != other.get(token):
-            raise ValueError(
-                f"{key}: {path} has another vocabulary than the policy: token {token!r} is {other.get(token)} there "
-                f"and {own.get(token)} here; all models of a run must share one tokenizer"
-            )
 
 
 def _reference(config: PPOConfig, policy: PreTrainedModel) -> PreTrainedModel:

@@ -17,13 +17,12 @@ from fastrl.train.config import ReferenceConfig, TrainConfig
 from fastrl.train.from_config import model_of, reference_of
 from fastrl.train.logprob import sequence_sum, trained_logprob
 from fastrl.train.lora import adapter_off
-from fastrl.train.model import load_tokenizer, model_head
-from fastrl.train.model_directory import has_tokenizer, json_file, model_directory
+from fastrl.train.model import model_head
 from fastrl.train.sequences import supervised_sequence
 from fastrl.train.supervised import Example
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 BLOCK = 4096  # sequences packed at once: the batches of a whole data set would fill the device
 
@@ -90,46 +89,6 @@ def completion_logprob(
     return total
 
 
-def check_same_vocabulary(
-    config: TrainConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    reference: str | None,
-    *,
-    option: str = "ref_model_name_or_path",
-) -> None:
-    """Refuse a reference or reward model that reads other tokens than the policy, before any weight is loaded.
-
-    Args:
-        reference: its directory; None is the policy's own and always fits.
-        option: what names it, for the message.
-
-    Raises:
-        ValueError: a token has another number there, or, without a tokenizer there, the vocabulary another size.
-    """
-    if reference is None:
-        return
-    folder = model_directory(reference, trust_remote_code=config.trust_remote_code)
-    remedy = "it must read the same tokens: choose one of the same family"
-    if not has_tokenizer(folder):
-        ours, theirs = (_vocab_size(json_file(model_directory(path, trust_remote_code=True) / "config.json"))
-                        for path in (config.model_name_or_path, reference))  # fmt: skip
-        if ours != theirs:
-            raise ValueError(
-                f"{option}: the vocabulary of {reference} has {theirs} tokens and that of "
-                f"{config.model_name_or_path} has {ours}; {remedy}"
-            )
-        return
-    other = load_tokenizer(reference, chat_template=None, trust_remote_code=config.trust_remote_code).get_vocab()
-    vocabulary = tokenizer.get_vocab()
-    for token in sorted(vocabulary.keys() | other.keys(), key=lambda token: vocabulary.get(token, other.get(token, 0))):
-        here, there = vocabulary.get(token, "absent"), other.get(token, "absent")
-        if here != there:
-            raise ValueError(
-                f"{option}: {reference} has another vocabulary than {config.model_name_or_path}: "
-                f"token {token!r} is {there} there and {here} here; {remedy}"
-            )
-
-
 class MovingReference:
     """The weights of a reference that follows the policy (TR-DPO), for checkpoints and for the moves themselves."""
 
@@ -175,8 +134,3 @@ def _without_adapter(
 
 def _other_model(config: TrainConfig, path: str) -> PreTrainedModel:
     return model_of(replace(config, model_name_or_path=path, use_peft=False, load_in_4bit=False)).requires_grad_(False)
-
-
-def _vocab_size(content: Mapping[str, object]) -> object:
-    text = content.get("text_config")
-    return content.get("vocab_size", text.get("vocab_size") if isinstance(text, Mapping) else None)

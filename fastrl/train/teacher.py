@@ -14,7 +14,7 @@ from fastrl.ops import TopTokens, linear_divergence, linear_topk_divergence
 from fastrl.ops.divergence_pass import DivergenceLoss
 from fastrl.train.config import DistillConfig, GKDConfig, KernelsBlock
 from fastrl.train.device import compute_dtype, pick_device
-from fastrl.train.model import hidden_states, load_model, load_tokenizer, model_head
+from fastrl.train.model import hidden_states, load_model, model_head
 from fastrl.train.update import BatchLoss
 from fastrl.types import LossOutput, TokenBatch
 
@@ -32,32 +32,6 @@ def teacher_of(config: DistillConfig | GKDConfig, path: str) -> PreTrainedModel:
         trust_remote_code=config.trust_remote_code,
     )
     return model.requires_grad_(False)
-
-
-def check_same_tokens(
-    tokenizer: PreTrainedTokenizerBase, path: str, *, student: str, trust_remote_code: bool = False
-) -> None:
-    """Refuse a teacher whose tokenizer gives some token another id; no weights are read.
-
-    Args:
-        tokenizer: the student's.
-        path: directory of the teacher.
-        student: directory of the student, for the message.
-
-    Raises:
-        ValueError: naming the first token in the order of ids that differs.
-    """
-    ours = tokenizer.get_vocab()
-    theirs = load_tokenizer(path, chat_template=None, trust_remote_code=trust_remote_code).get_vocab()
-    if ours == theirs:
-        return
-    other = [token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)]
-    first = min(other, key=lambda token: (ours.get(token, theirs.get(token)), token))
-    raise ValueError(
-        f"teacher_model_name_or_path: {path} and the student {student} read other tokens ({len(theirs)} and "
-        f"{len(ours)}; {first!r} is {theirs.get(first, 'missing')} there and {ours.get(first, 'missing')} here); "
-        "a teacher must have the student's vocabulary: choose one of the same family"
-    )
 
 
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:

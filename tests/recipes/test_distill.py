@@ -183,7 +183,7 @@ def test_a_teacher_of_other_tokens_is_refused_before_weights_are_read(
     other = with_another_vocabulary(tmp_path / "other")
     config = distill_config(base, tmp_path / "run", teacher_model_name_or_path=str(other))
     with pytest.raises(
-        ValueError, match=r"15 and 14; 'abc' is 14 there and missing here.*choose one of the same family"
+        ValueError, match=r"15 tokens and 14\): 'abc' is 14 there and absent here.*choose one of the same family"
     ):
         distill.run(config)
 

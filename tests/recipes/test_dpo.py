@@ -269,7 +269,7 @@ def test_a_reference_with_other_tokens_is_refused_before_weights_are_read(
     tokenizer.save_pretrained(tmp_path / "ref")
     (tmp_path / "ref" / "config.json").write_text((other / "config.json").read_text())
     monkeypatch.setattr(from_config, "load_model", None)
-    with pytest.raises(ValueError, match=r"another vocabulary .* token '<new>' is 14 there and absent here"):
+    with pytest.raises(ValueError, match=r"another vocabulary .* '<new>' is 14 there and absent here"):
         run(base, data, tmp_path / "run", ref_model_name_or_path=str(tmp_path / "ref"))
     for file in (tmp_path / "ref").glob("*token*"):
         file.unlink()

@@ -1,0 +1,74 @@
+"""Every file of examples/tiny is a valid run; the slow tests take each to its end and look for what it learned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import pytest
+import yaml
+
+from fastrl.cli import configure, main
+
+FOLDER = Path(__file__).parents[2] / "examples" / "tiny"
+FILES = sorted(FOLDER.glob("*.yaml"))
+NAMES = (
+    *("sft", "lora", "qlora", "reward", "prm", "genrm", "dpo", "ipo", "simpo", "orpo", "kto", "rrhf", "online_dpo"),
+    *("ppo", "ppo_ptx", "grpo", "dr_grpo", "dapo", "rloo", "gspo", "distill", "gkd", "rejection", "r1"),
+    *("r1_zero", "instructgpt", "dpo_then_grpo"),
+)
+# The number that shows the learning, where it is not the loss on held-out rows, and whether it should grow.
+RISES = ("eval/reward", "eval/rewards/accuracies", "eval/accuracy", "rewards/margins")
+
+
+def test_the_whole_map_has_an_example() -> None:
+    assert {file.stem for file in FILES} >= set(NAMES)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_an_example_is_valid(file: Path) -> None:
+    configure(yaml.safe_load(file.read_text())["recipe"], str(file), [])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all examples, so that the tiny models are made once."""
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_an_example_learns_in_less_than_two_minutes_of_one_core(
+    file: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    started = process_time()
+    assert main(["run", str(file)]) == 0
+    assert process_time() - started < 120
+    record = yaml.safe_load(file.read_text())
+    output = folder / record["output_dir"]
+    if record["recipe"] == "pipeline":
+        assert_ends_better(output, [name for name, stage in record["stages"].items() if stage["recipe"] == "eval"])
+    else:
+        assert_learned(output)
+
+
+def assert_ends_better(output: Path, evaluations: list[str]) -> None:
+    """The last evaluation of the policy beats the first; that of a smaller student is another model's."""
+    rated = [name for name in evaluations if "student" not in name]
+    found = [json.loads((output / name / "eval.json").read_text())["exact_match"] for name in rated]
+    first, last = found[0], found[-1]
+    assert last["mean"] - first["mean"] > 3 * (first["standard_error"] ** 2 + last["standard_error"] ** 2) ** 0.5
+
+
+def assert_learned(output: Path) -> None:
+    lines: list[dict[str, Any]] = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    for name in RISES:
+        values = [line[name] for line in lines if name in line]
+        if len(values) >= 2:
+            assert values[-1] > values[0] or values[-1] == 1.0, (name, values)
+            return
+    losses = [line["eval/loss"] for line in lines if "eval/loss" in line] or [line["loss"] for line in lines]
+    assert losses[-1] < 0.9 * losses[0], losses
