@@ -40,6 +40,7 @@ TRAINERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sft": ("trl", "SFT", {}),
     "dft": ("trl", "SFT", {}),
     "dpo": ("trl", "DPO", {"loss_type": "sigmoid"}),
+    "tr_dpo": ("trl", "DPO", {"loss_type": "sigmoid"}),
     "ipo": ("trl", "DPO", {"loss_type": "ipo"}),
     "rpo": ("trl", "DPO", {"loss_type": ["sigmoid_norm", "apo_zero", "sft"]}),
     "kto": ("trl", "KTO", {}),
@@ -47,6 +48,7 @@ TRAINERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cpo": ("trl.experimental.cpo", "CPO", {"loss_type": "sigmoid"}),
     "simpo": ("trl.experimental.cpo", "CPO", {"loss_type": "simpo"}),
     "reward": ("trl", "Reward", {}),
+    "gkd": ("trl.experimental.gkd", "GKD", {}),
 }
 
 
@@ -101,13 +103,18 @@ def trained(method: str, models: dict[str, Path], scratch: Path) -> dict[str, An
         model = AutoModelForSequenceClassification.from_pretrained(models["scorer"], num_labels=1, dtype=torch.float32)
     else:
         model = AutoModelForCausalLM.from_pretrained(models["policy"], dtype=torch.float32)
+    rows, more = visited_rows(method), {}
+    if method == "gkd":
+        more = {"teacher_model": AutoModelForCausalLM.from_pretrained(models["teacher"], dtype=torch.float32)}
+        rows = [{"messages": row["prompt"] + row["completion"]} for row in rows]
     recorder = Recorder()
     trainer = getattr(trl, f"{prefix}Trainer")(
         model=model,
         args=config,
-        train_dataset=Dataset.from_list(visited_rows(method)),
+        train_dataset=Dataset.from_list(rows),
         processing_class=make_tokenizer(),
         callbacks=[recorder],
+        **more,
     )
     trainer.train()
     assert len(recorder.lines) == STEPS

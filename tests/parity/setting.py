@@ -11,8 +11,14 @@ from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase, digits
 from typing import Any
 
-from fastrl.recipes.sorting import ASSISTANT, CHAT_TEMPLATE, END, PAD, USER
-
+PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}<|assistant|>{{ message['content'] }}<|end|>"
+    "{% else %}<|user|>{{ message['content'] }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 VECTORS = Path(__file__).with_name("vectors")
 STEPS, BATCH, DISTINCT_ROWS = 20, 8, 64
 LETTERS = digits + ascii_lowercase + ascii_uppercase[:24]  # with the four special tokens a vocabulary of 64
@@ -35,6 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sft": {"per_device_train_batch_size": BATCH // 2, "gradient_accumulation_steps": 2},
     "dft": {"loss_type": "dft"},
     "dpo": {"beta": 0.1},
+    "tr_dpo": {"beta": 0.1, "sync_ref_model": True, "ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 4},
     "ipo": {"beta": 0.3},
     "rpo": {"beta": 0.3, "loss_weights": [0.7, 1.5, 0.4]},
     "kto": {"beta": 0.2, "desirable_weight": 1.2, "undesirable_weight": 0.9},
@@ -42,6 +49,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cpo": {"beta": 0.2, "cpo_alpha": 0.7, "label_smoothing": 0.1},
     "simpo": {"beta": 2.0, "simpo_gamma": 0.6, "cpo_alpha": 0.0},
     "reward": {"center_rewards_coefficient": 0.05},
+    "gkd": {"beta": 0.3, "lmbda": 0.0, "max_new_tokens": 8},  # on the data's completions: samples cannot be the same
 }
 # Metrics that both sides log under one name with one meaning.
 PAIR_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen")
@@ -49,6 +57,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "sft": (),  # TRL's entropy is a mean of its micro-batches' means, ours a mean over the tokens of the step
     "dft": ("entropy",),
     "dpo": (*PAIR_METRICS, "logps/rejected", "entropy"),
+    "tr_dpo": (*PAIR_METRICS, "logps/rejected"),
     "ipo": (*PAIR_METRICS, "logps/rejected"),
     "rpo": (*PAIR_METRICS, "logps/rejected"),
     "kto": ("kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"),
@@ -56,11 +65,12 @@ METRICS: dict[str, tuple[str, ...]] = {
     "cpo": (*PAIR_METRICS, "logps/rejected", "nll_loss"),
     "simpo": (*PAIR_METRICS, "logps/rejected"),
     "reward": ("accuracy", "margin", "mean_reward"),
+    "gkd": (),
 }
 
 
 def make_tokenizer() -> Any:
-    """One token per letter or digit; the sorting task's special tokens and template, which ends a turn with EOS."""
+    """One token per letter or digit; the template ends a turn with EOS and writes nothing after it."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -77,7 +87,9 @@ def make_tokenizer() -> Any:
 
 def visited_rows(method: str) -> list[dict[str, Any]]:
     """The rows of the run, in the order in which its steps visit them; prompts of a step are all different."""
-    make = {"sft": _supervised, "dft": _supervised, "kto": _judged, "reward": _with_margin}.get(method, _pair)
+    make = {"sft": _supervised, "dft": _supervised, "gkd": _supervised, "kto": _judged, "reward": _with_margin}.get(
+        method, _pair
+    )
     return [make(i % DISTINCT_ROWS) for i in range(STEPS * BATCH)]
 
 
@@ -114,13 +126,13 @@ def _turn(role: str, content: str) -> list[dict[str, str]]:
 
 
 def write_models(folder: Path, weights: dict[str, Any]) -> dict[str, Path]:
-    """Write a language model and a reward model, the same but for the head, with given weights.
+    """Write a language model, a reward model, the same but for the head, and a teacher, the same but for its words.
 
     Args:
         weights: name -> NumPy array, of all parameters and `score.weight`.
 
     Returns:
-        Their directories, by name: "policy" and "scorer".
+        Their directories, by name: "policy", "scorer" and "teacher".
     """
     import torch
 
@@ -134,13 +146,16 @@ def write_models(folder: Path, weights: dict[str, Any]) -> dict[str, Path]:
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}  # tied
     tokenizer = make_tokenizer()
-    policy, scorer = folder / "policy", folder / "scorer"
+    policy, scorer, teacher = folder / "policy", folder / "scorer", folder / "teacher"
     save_pretrained(model, tokenizer, policy, card="random")
     score_model = load_score_model(policy, dtype=torch.float32, device="cpu", new_head=0.0)
     with torch.no_grad():
         score_model.score.weight.copy_(head)
     save_score_model(score_model, tokenizer, scorer, card="random")
-    return {"policy": policy, "scorer": scorer}
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight.flip(0))
+    save_pretrained(model, tokenizer, teacher, card="random")
+    return {"policy": policy, "scorer": scorer, "teacher": teacher}
 
 
 def make_model() -> Any:

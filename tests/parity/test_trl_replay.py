@@ -1,7 +1,8 @@
 """Twenty optimizer steps of each offline recipe against those of TRL's trainer, whose numbers are in `vectors/`.
 
-Same rows in the same order, same first weights, same options; TRL pads and averages in its own way, fastrl packs and
-weighs. PPO, which TRL no longer has, is replayed against a plain script in tests/recipes/test_ppo_replay.py.
+Same rows in the same order, same first weights, same options. TRL pads and takes means; fastrl packs each step into
+several micro-batches and weighs. PPO, which TRL no longer has, is replayed against a plain script in
+tests/recipes/test_ppo_replay.py.
 """
 
 from __future__ import annotations
@@ -17,9 +18,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fastrl.recipes import cpo, dpo, kto, orpo, reward, sft
+from fastrl.recipes import cpo, dpo, gkd, kto, orpo, reward, sft
 from fastrl.report import read_log
-from fastrl.train.config import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, RewardConfig, SFTConfig, TrainConfig
+from fastrl.train.config import (
+    CPOConfig,
+    DPOConfig,
+    GKDConfig,
+    KTOConfig,
+    ORPOConfig,
+    PackingBlock,
+    ReportBlock,
+    RewardConfig,
+    SFTConfig,
+    TrainConfig,
+)
 from fastrl.train.order import epoch_order
 from tests.parity.setting import METRICS, OPTIMIZER, OPTIONS, STEPS, VECTORS, visited_rows, write_models
 
@@ -30,6 +42,7 @@ RECIPES: dict[str, tuple[type[TrainConfig], Callable[[Any], int], dict[str, Any]
     "sft": (SFTConfig, sft.run, {}),
     "dft": (SFTConfig, sft.run, {}),
     "dpo": (DPOConfig, dpo.run, {"loss_type": ("sigmoid",)}),
+    "tr_dpo": (DPOConfig, dpo.run, {"loss_type": ("sigmoid",), "precompute_ref_log_probs": False}),
     "ipo": (DPOConfig, dpo.run, {"loss_type": ("ipo",)}),
     "rpo": (DPOConfig, dpo.run, {"loss_type": ("sigmoid_norm", "apo_zero", "sft")}),
     "kto": (KTOConfig, kto.run, {}),
@@ -37,6 +50,7 @@ RECIPES: dict[str, tuple[type[TrainConfig], Callable[[Any], int], dict[str, Any]
     "cpo": (CPOConfig, cpo.run, {"loss_type": "sigmoid"}),
     "simpo": (CPOConfig, cpo.run, {"loss_type": "simpo"}),
     "reward": (RewardConfig, reward.run, {}),
+    "gkd": (GKDConfig, gkd.run, {}),
 }
 
 
@@ -56,8 +70,10 @@ def test_twenty_steps_give_trls_losses_metrics_and_weights(
     for name in ("loss", "grad_norm", *METRICS[method]):
         got = np.array([line[name] for line in log])
         wanted = expected[f"log/{name}"]
-        first = 1 if name == "rewards/accuracies" else 0  # policy and reference are the same at first: a tie
-        np.testing.assert_allclose(got[first:], wanted[first:], rtol=1e-5, atol=1e-5, err_msg=name)
+        # Two steps with the first weights, as the warm-up begins at 0: policy and reference tie but for rounding.
+        first = 2 if name == "rewards/accuracies" else 0
+        atol = 0.0 if name == "loss" else 1e-5
+        np.testing.assert_allclose(got[first:], wanted[first:], rtol=1e-5, atol=atol, err_msg=name)
     with np.load(VECTORS / "start.npz") as start:
         moved = max(float(abs(weights[name] - start[name]).max()) for name in weights)
     assert gap(weights, expected) < WEIGHTS
@@ -68,6 +84,7 @@ def test_twenty_steps_give_trls_losses_metrics_and_weights(
 OTHER_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("sft", {"completion_only_loss": False}),
     ("dpo", {"beta": 0.101}),
+    ("tr_dpo", {"ref_model_sync_steps": 5}),
     ("ipo", {"length_averaged": False}),
     ("rpo", {"loss_weights": (0.7, 1.5, 0.404)}),
     ("kto", {"undesirable_weight": 0.909}),
@@ -75,6 +92,7 @@ OTHER_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("cpo", {"label_smoothing": 0.101}),
     ("simpo", {"simpo_gamma": 0.606}),
     ("reward", {"center_rewards_coefficient": 0.0505}),
+    ("gkd", {"beta": 0.303}),
 ]
 
 
@@ -102,6 +120,8 @@ def replay(
     in_file: list[dict[str, Any]] = [{}] * len(rows)
     for row, place in zip(rows, epoch_order(len(rows), config_type.seed, 0), strict=True):
         in_file[place] = row  # so that the run, in its own order, visits them in TRL's
+    if method == "gkd":
+        changes = {"teacher_model_name_or_path": str(models["teacher"])} | changes
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in OPTIONS[method].items()}
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in in_file))
@@ -111,7 +131,8 @@ def replay(
         train_dataset=str(data),
         **(OPTIMIZER | options | own | changes),
     )
-    assert run(replace(config, report=replace(config.report, panel=False))) == 0
+    several = PackingBlock(token_budget=64)  # micro-batches of each step: two to five
+    assert run(replace(config, packing=several, report=ReportBlock(panel=False))) == 0
     log = [line for line in read_log(folder / "run" / "metrics.jsonl") if "loss" in line]
     assert len(log) == STEPS
     assert all(math.isfinite(line["loss"]) for line in log)
