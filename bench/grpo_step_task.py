@@ -119,7 +119,7 @@ def _write_demo(folder: Path, *, n_prompts: int) -> None:
         folder / "data", seed=SEED, n_sft=n_sft, n_prompts=max(n_sft, n_prompts), n_held_out=demo.N_HELD_OUT
     )
     sorting.make_base_model(folder / "base", seed=SEED)
-    code = sft.run(demo._sft_config(folder / "base", folder / "sft", files.sft, seed=SEED))
+    code = sft.run(sorting.sft_config(folder / "base", folder / "sft", files.sft, seed=SEED))
     if code != 0:
         raise RuntimeError(f"the demo's supervised stage ended with exit code {code}")
     (folder / "sft" / "model").rename(folder / "model")

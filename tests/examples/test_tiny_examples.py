@@ -55,11 +55,29 @@ def test_an_example_learns_in_less_than_two_minutes_of_one_core(
         assert_learned(output)
 
 
+PIPELINES = [file for file in FILES if yaml.safe_load(file.read_text())["recipe"] == "pipeline"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", PIPELINES, ids=lambda file: file.stem)
+def test_a_pipeline_ends_better_than_it_began_with_every_seed(
+    file: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    stages = yaml.safe_load(file.read_text())["stages"]
+    for seed in ("1", "2", "3", "4", "5"):
+        output = folder / f"{file.stem}-{seed}"
+        flags = [part for name in stages for part in (f"--stages.{name}.seed", seed)]
+        assert main(["run", str(file), "--output_dir", str(output), *flags]) == 0
+        assert_ends_better(output, [name for name, stage in stages.items() if stage["recipe"] == "eval"])
+
+
 def assert_ends_better(output: Path, evaluations: list[str]) -> None:
     """The last evaluation of the policy beats the first; that of a smaller student is another model's."""
     rated = [name for name in evaluations if "student" not in name]
     found = [json.loads((output / name / "eval.json").read_text())["exact_match"] for name in rated]
     first, last = found[0], found[-1]
+    print(f"{output.name}: {first['mean']:.3f} -> {last['mean']:.3f}")
     assert last["mean"] - first["mean"] > 3 * (first["standard_error"] ** 2 + last["standard_error"] ** 2) ** 0.5
 
 
