@@ -22,6 +22,7 @@ from fastrl.recipes import cpo, dpo, gkd, kto, orpo, reward, sft
 from fastrl.report import read_log
 from fastrl.train.config import (
     CPOConfig,
+    DataBlock,
     DPOConfig,
     GKDConfig,
     KTOConfig,
@@ -33,7 +34,17 @@ from fastrl.train.config import (
     TrainConfig,
 )
 from fastrl.train.order import epoch_order
-from tests.parity.setting import METRICS, OPTIMIZER, OPTIONS, STEPS, VECTORS, visited_rows, write_models
+from tests.parity.setting import (
+    CHAT_TEMPLATE,
+    END,
+    METRICS,
+    OPTIMIZER,
+    OPTIONS,
+    STEPS,
+    VECTORS,
+    visited_rows,
+    write_models,
+)
 
 # Largest gap between two weights after a way of 0.05; 4e-7 was measured.
 WEIGHTS = 1e-5
@@ -105,6 +116,18 @@ def test_another_option_is_seen_in_the_weights(
         assert gap(weights, dict(expected)) > 2 * WEIGHTS
 
 
+@pytest.mark.parametrize("method", ["sft", "dpo", "orpo", "reward"])
+def test_what_a_template_writes_after_eos_changes_nothing(method: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """TRL would learn to write it, and read rewards there: docs/parity.md."""
+    with_tail = CHAT_TEMPLATE.replace(f"{END}{{% else", f"{END}0{{% else")
+    assert with_tail != CHAT_TEMPLATE
+    (tmp_path / "template.jinja").write_text(with_tail)
+    data = DataBlock(chat_template=str(tmp_path / "template.jinja"))
+    _, weights = replay(method, models, tmp_path, data=data)
+    with np.load(VECTORS / f"{method}.npz") as expected:
+        assert gap(weights, dict(expected)) < WEIGHTS
+
+
 def gap(weights: dict[str, Any], expected: dict[str, Any]) -> float:
     """Largest difference between any two weights of the same name, and no name may be missing."""
     assert {f"weight/{name}" for name in weights} == {name for name in expected if name.startswith("weight/")}
@@ -131,7 +154,7 @@ def replay(
         train_dataset=str(data),
         **(OPTIMIZER | options | own | changes),
     )
-    several = PackingBlock(token_budget=64)  # micro-batches of each step: two to five
+    several = PackingBlock(token_budget=72)  # micro-batches of each step: two to five
     assert run(replace(config, packing=several, report=ReportBlock(panel=False))) == 0
     log = [line for line in read_log(folder / "run" / "metrics.jsonl") if "loss" in line]
     assert len(log) == STEPS
