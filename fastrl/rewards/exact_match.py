@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fastrl.rewards.protocol import promises
 from fastrl.rewards.text import completion_text, final_answer
 
 
+@promises(in_process=True, pure=True)
 def exact_match(completions: Sequence[object], answer: Sequence[object], **_: object) -> list[float]:
     """1.0 where the stripped answer part of the completion equals the stripped gold answer, else 0.0.
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from fastrl.rewards.protocol import promises
 from fastrl.rewards.text import completion_text
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _THINK_ANSWER = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 
 
+@promises(in_process=True, pure=True)
 def think_format(completions: Sequence[object], **_: object) -> list[float]:
     """1.0 where the completion reads `<think>...</think><answer>...</answer>`, else 0.0.
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastrl.rewards.protocol import promises
 
+
+@promises(in_process=True, pure=True)
 @dataclass(frozen=True)
 class Length:
     """A reward function in [-1, 0]: nothing up to `start` tokens, then linear, -1 from `limit` tokens on.

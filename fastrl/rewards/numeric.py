@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
+from fastrl.rewards.protocol import promises
 from fastrl.rewards.text import completion_text, final_answer
 
 RELATIVE_TOLERANCE = Fraction(1, 10**6)
@@ -39,6 +40,7 @@ _BRACE = re.compile(r"\\f?box(?:ed)?\s?\{|[{}]")
 _LATEX_WRAPPER = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s?\{")
 
 
+@promises(in_process=True, pure=True)
 def numeric(completions: Sequence[object], answer: Sequence[object], **_: object) -> list[float]:
     """1.0 where the completion's number equals the gold number, else 0.0; no number is 0.0.
 

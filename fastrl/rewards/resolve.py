@@ -63,7 +63,7 @@ def resolve_rewards(specs: Sequence[str], weights: Sequence[float] | None = None
         function, short = resolve_reward(spec), spec.partition("(")[0]
         name = short if short in BUILT_IN else function_name(function)
         taken = any(reward.name == name for reward in rewards)
-        rewards.append(Reward(function, weight, spec if taken else name))
+        rewards.append(Reward(function, weight, spec if taken else name, spec))
     return rewards
 
 

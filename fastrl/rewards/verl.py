@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastrl.rewards.protocol import function_name, is_async
+from fastrl.rewards.protocol import function_name, is_async, promises
 from fastrl.rewards.text import completion_text
 
 
@@ -27,6 +27,7 @@ def verl_reward(compute_score: Callable[..., Any]) -> Callable[..., list[Any]]:
     return VerlReward(compute_score)
 
 
+@promises(per_item=True)
 @dataclass(frozen=True)
 class VerlReward:
     """verl's `compute_score` behind TRL's signature; made by `verl_reward`."""
