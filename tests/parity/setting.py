@@ -61,7 +61,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "ipo": (*PAIR_METRICS, "logps/rejected"),
     "rpo": (*PAIR_METRICS, "logps/rejected"),
     "kto": ("kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"),
-    "orpo": (*PAIR_METRICS, "logps/rejected", "nll_loss"),
+    "orpo": (*PAIR_METRICS, "logps/rejected", "nll_loss", "log_odds_chosen", "log_odds_ratio"),
     "cpo": (*PAIR_METRICS, "logps/rejected", "nll_loss"),
     "simpo": (*PAIR_METRICS, "logps/rejected"),
     "reward": ("accuracy", "margin", "mean_reward"),
