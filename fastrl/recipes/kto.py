@@ -130,6 +130,10 @@ def kto_batch_loss(
         baseline: [] z of the step.
     """
     count = len(ref_logprob)
+    desirable = is_desirable.sum()
+    # So scaled, the mean over all completions is the mean of the chosen less the mean of the rejected; NaN without both.
+    share = torch.where(is_desirable, 1 / desirable, -1 / (count - desirable)) * count
+    share = torch.where((desirable > 0) & (desirable < count), share, torch.nan)
 
     def loss(batch: TokenBatch) -> LossOutput:
         logprob, entropy = trained_logprob(policy, model_head(policy), batch, config.kernels)
@@ -147,6 +151,7 @@ def kto_batch_loss(
         for name, is_here in (("chosen", label), ("rejected", ~label)):
             metrics[f"rewards/{name}"] = torch.where(is_here, config.beta * log_ratio.detach(), torch.nan)
             metrics[f"logps/{name}"] = torch.where(is_here, total.detach(), torch.nan)
+        metrics["rewards/margins"] = share[batch.sequence] * config.beta * log_ratio.detach()
         return LossOutput(value.sum() / count, {"entropy": entropy.detach()}, metrics)
 
     return loss

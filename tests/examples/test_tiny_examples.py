@@ -20,7 +20,7 @@ NAMES = (
     *("r1_zero", "instructgpt", "dpo_then_grpo"),
 )
 # The number that shows the learning, where it is not the loss on held-out rows, and whether it should grow.
-RISES = ("eval/reward", "eval/rewards/accuracies", "eval/accuracy", "rewards/margins")
+RISES = ("eval/reward", "eval/rewards/accuracies", "eval/accuracy", "eval/rewards/margins")
 
 
 def test_the_whole_map_has_an_example() -> None:

@@ -76,6 +76,17 @@ def test_the_first_loss_is_the_papers_with_the_baseline_of_the_step(base: Base, 
     assert line["rewards/chosen"] == pytest.approx(sum(won) / len(won), rel=1e-4)
 
 
+def test_the_margin_is_the_mean_of_the_chosen_less_the_mean_of_the_rejected(base: Base, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", unpaired_rows())
+    many = PackingBlock(token_budget=40)
+    config = configured(KTOConfig, base, data, tmp_path / "run", max_steps=3, learning_rate=1e-2, packing=many)
+    assert kto.run(config) == 0
+    for line in metrics_of(tmp_path / "run"):
+        both = line["rewards/chosen"] - line["rewards/rejected"]
+        assert line["rewards/margins"] == pytest.approx(both, rel=1e-4, abs=1e-6)
+    assert abs(both) > 1e-3
+
+
 def test_a_pair_is_one_desirable_and_one_undesirable_completion(base: Base, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "pairs.jsonl", pair_rows(3))
     config = configured(KTOConfig, base, data, tmp_path / "run")
