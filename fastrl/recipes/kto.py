@@ -131,7 +131,7 @@ def kto_batch_loss(
     """
     count = len(ref_logprob)
     desirable = is_desirable.sum()
-    # So scaled, the mean over all completions is the mean of the chosen less the mean of the rejected; NaN without both.
+    # So scaled, the mean over all is the mean of the chosen less the mean of the rejected; NaN without both.
     share = torch.where(is_desirable, 1 / desirable, -1 / (count - desirable)) * count
     share = torch.where((desirable > 0) & (desirable < count), share, torch.nan)
 
