@@ -16,6 +16,7 @@ from fastrl.train.collect import Experience, Sampler, collect
 from fastrl.train.config import EvalConfig, OverlongBlock
 from fastrl.train.device import compute_dtype, pick_device
 from fastrl.train.estimate import Estimate, estimate_by_group
+from fastrl.train.learned_rewards import loaded
 from fastrl.train.model import load_model, load_tokenizer
 from fastrl.train.prompts import load_prompts
 
@@ -68,7 +69,7 @@ def judge(config: EvalConfig) -> tuple[Experience, list[str]]:
     sampler = Sampler(
         engine=BuiltinEngine(model, tokenizer, batch_size=config.rollout.batch_size),
         decode=partial(tokenizer.decode, skip_special_tokens=True),
-        rewards=rewards,
+        rewards=loaded(config, tokenizer, rewards),
         sampling=Sampling(
             max_completion_length=config.max_completion_length,
             temperature=config.temperature,

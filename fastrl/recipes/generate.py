@@ -24,6 +24,7 @@ from fastrl.train.contents import contents_of
 from fastrl.train.device import compute_dtype, pick_device
 from fastrl.train.durable import write_text
 from fastrl.train.guards import check_verdicts
+from fastrl.train.learned_rewards import loaded
 from fastrl.train.model import load_model, load_tokenizer
 from fastrl.train.partial_file import open_partial
 from fastrl.train.prompts import Prompt, load_prompts
@@ -56,7 +57,7 @@ def run(config: GenerateConfig) -> int:
     sampler = Sampler(
         engine=BuiltinEngine(model, tokenizer, batch_size=config.rollout.batch_size),
         decode=partial(tokenizer.decode, skip_special_tokens=True),
-        rewards=rewards,
+        rewards=loaded(config, tokenizer, rewards),
         sampling=Sampling(
             max_completion_length=config.max_completion_length,
             temperature=config.temperature,

@@ -19,6 +19,7 @@ from fastrl.train.collect import Sampler
 from fastrl.train.config import GRPOConfig, OnPolicyConfig
 from fastrl.train.device import check_backend, pick_device
 from fastrl.train.from_config import model_of, optimizer_of, reference_of
+from fastrl.train.learned_rewards import loaded
 from fastrl.train.optimizer import MasterAdamW
 from fastrl.train.prompts import Prompt, load_prompts
 
@@ -107,7 +108,7 @@ def sampler_of(
     return Sampler(
         engine=BuiltinEngine(policy, tokenizer, batch_size=config.rollout.batch_size),
         decode=partial(tokenizer.decode, skip_special_tokens=True),
-        rewards=rewards,
+        rewards=loaded(config, tokenizer, rewards),
         sampling=Sampling(
             max_completion_length=config.max_completion_length,
             temperature=config.temperature,

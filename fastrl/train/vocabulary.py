@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastrl.train.config import TrainConfig
+from fastrl.train.config import InferenceConfig, TrainConfig
 from fastrl.train.model import load_tokenizer
 from fastrl.train.model_directory import has_tokenizer, json_file
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_same_vocabulary(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, other: str | None, *, option: str
+    config: TrainConfig | InferenceConfig, tokenizer: PreTrainedTokenizerBase, other: str | None, *, option: str
 ) -> None:
     """Refuse a reference, teacher, critic or reward model with other tokens than the policy, before weights are read.
 
