@@ -35,7 +35,7 @@ class Traits:
         in_process: it never hangs, crashes or calls foreign code, and is cheaper than a message to a worker.
         per_item: an item's value depends on that item alone, so that batches may be cut anywhere. Without it, the
             completions of one prompt are judged in one call, as functions that compare them need.
-        pure: per_item, and the same named arguments always give the same value: results are kept.
+        pure: per_item, the same named arguments always give the same value, and it logs nothing: results are kept.
         whole_batch: it compares completions of different prompts: one call judges the batch, one failure takes it.
     """
 

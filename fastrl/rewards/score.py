@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from fastrl.rewards.call import Fault, Judgement, call_rewards
 from fastrl.rewards.protocol import STANDARD_INPUTS, Reward
+from fastrl.rewards.workers import RewardWorkers
 
 # TRL hands these to reward functions under other names (prompts, completions, completion_ids).
 _RENAMED_COLUMNS = ("prompt", "completion", "completion_ids")
@@ -59,6 +60,7 @@ def score(
     columns: Mapping[str, Sequence[object]],
     *,
     trainer_state: object = None,
+    workers: RewardWorkers | None = None,
 ) -> Scores:
     """Judge S completions with every reward.
 
@@ -70,6 +72,7 @@ def score(
         columns: name -> [S] the dataset's other columns. `prompt`, `completion` and `completion_ids` are left out,
             as TRL does.
         trainer_state: handed to functions that ask for it.
+        workers: processes that judge; None judges everything in this one, without time limits.
 
     Raises:
         ValueError: lengths differ, a column has the name of a standard input, two rewards share a name.
@@ -85,7 +88,10 @@ def score(
         **{name: list(column) for name, column in data.items()},
         "trainer_state": trainer_state,
     }
-    judgements = call_rewards([reward.function for reward in rewards], inputs)
+    if workers is None:
+        judgements = call_rewards([reward.function for reward in rewards], inputs)
+    else:
+        judgements = workers.judge(rewards, inputs)
     values = tuple(
         tuple(None if isinstance(value, Fault) else value for value in judgement.values) for judgement in judgements
     )
