@@ -19,12 +19,24 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastrl.rewards.constraints import constraints
+from fastrl.rewards.constraints import parsed as parsed_constraints
 from fastrl.rewards.exact_match import exact_match, gold_text
 from fastrl.rewards.format import think_format
+from fastrl.rewards.items import gold_items, sequence_equality, set_equality
+from fastrl.rewards.json_schema import JsonSchema, check_schema, json_schema
+from fastrl.rewards.judge import Judge
+from fastrl.rewards.language import Language
+from fastrl.rewards.learned import ProcessRewardModel, RewardModel
 from fastrl.rewards.length import Length
+from fastrl.rewards.multiple_choice import gold_letter, multiple_choice
 from fastrl.rewards.numeric import gold_number, numeric
 from fastrl.rewards.protocol import STANDARD_INPUTS, Reward, RewardFunction, function_name, missing_inputs, unwrapped
 from fastrl.rewards.reasoning_gym import reasoning_gym
+from fastrl.rewards.regex import Regex, compiled, regex
+from fastrl.rewards.repetition import Repetition
+from fastrl.rewards.sudoku import check_puzzle, sudoku
+from fastrl.rewards.tags import TagCounts
 from fastrl.rewards.verl import VerlReward, verl_reward
 
 BUILT_IN: Mapping[str, RewardFunction] = {
@@ -33,12 +45,34 @@ BUILT_IN: Mapping[str, RewardFunction] = {
     "format": think_format,
     "length": Length,
     "reasoning_gym": reasoning_gym,
+    "judge": Judge,
+    "reward_model": RewardModel,
+    "process_reward_model": ProcessRewardModel,
+    "multiple_choice": multiple_choice,
+    "regex": regex,
+    "json_schema": json_schema,
+    "set_equality": set_equality,
+    "sequence_equality": sequence_equality,
+    "sudoku": sudoku,
+    "constraints": constraints,
+    "tag_count": TagCounts,
+    "language": Language,
+    "repetition": Repetition,
 }
+# What the name means with options, where it is a function of a column without them.
+WITH_OPTIONS: Mapping[str, type] = {"regex": Regex, "json_schema": JsonSchema}
 
-# Rewards that cannot judge every gold answer, and what raises on one they cannot.
-_GOLD_CHECKS: tuple[tuple[RewardFunction, Callable[[object], object]], ...] = (
-    (numeric, gold_number),
-    (exact_match, gold_text),
+# Rewards that cannot judge every row, the column that decides, and what raises on a value they cannot judge.
+_GOLD_CHECKS: tuple[tuple[RewardFunction, str, Callable[[object], object]], ...] = (
+    (numeric, "answer", gold_number),
+    (exact_match, "answer", gold_text),
+    (multiple_choice, "answer", gold_letter),
+    (set_equality, "answer", gold_items),
+    (sequence_equality, "answer", gold_items),
+    (regex, "pattern", compiled),
+    (json_schema, "schema", check_schema),
+    (sudoku, "puzzle", check_puzzle),
+    (constraints, "constraints", parsed_constraints),
 )
 
 
@@ -76,7 +110,7 @@ def resolve_reward(spec: str) -> RewardFunction:
     if spec.startswith("verl:"):
         return verl_reward(resolve_reward(spec.removeprefix("verl:")))
     target, options = _parsed(spec)
-    found = BUILT_IN.get(target)
+    found = BUILT_IN.get(target) if options is None else WITH_OPTIONS.get(target, BUILT_IN.get(target))
     if found is None:
         found = _imported(target)
     if not callable(found):
@@ -105,6 +139,8 @@ def check_rewards(rewards: Sequence[Reward], columns: Mapping[str, Sequence[obje
     """
     for reward in rewards:
         missing = missing_inputs(reward.function, {*columns, *STANDARD_INPUTS})
+        if isinstance(reward.function, Judge):
+            missing += [name for name in reward.function.needs if name not in columns]
         if missing:
             raise ValueError(
                 f"reward {reward.name!r} needs the column {missing[0]!r}; the data has: {', '.join(columns)}. "
@@ -115,9 +151,9 @@ def check_rewards(rewards: Sequence[Reward], columns: Mapping[str, Sequence[obje
                 f"reward {reward.name!r} needs the column 'ground_truth', or verl's 'reward_model' with it inside; "
                 f"the data has: {', '.join(columns)}"
             )
-        for function, check in _GOLD_CHECKS:
+        for function, column, check in _GOLD_CHECKS:
             if unwrapped(reward.function) is function:
-                _check_gold(reward.name, check, columns["answer"])
+                _check_gold(reward.name, check, columns[column])
 
 
 def _check_gold(name: str, check: Callable[[object], object], golds: Sequence[object]) -> None:
