@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastrl.train.contents import digest
 from fastrl.train.durable import write_directory
 from fastrl.train.lora import POLICY, active_adapters, add_lora, is_lora_layer, is_of_adapter
 from fastrl.train.model_directory import json_file
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 PREFIX = "base_model.model."  # what peft puts before the names of the model it wraps
 WEIGHTS = "adapter_model.safetensors"
 HEAD = "score.weight"
+BASE = "base"  # of the metadata
 
 
 @torch.no_grad()
@@ -69,7 +73,8 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
 def save_adapter(model: PreTrainedModel, directory: str | Path, *, name: str = POLICY) -> Path:
     """Write one adapter as peft does, atomically: `PeftModel.from_pretrained(base, directory)` reads it.
 
-    A model with a scalar head gives that too, which its training changed with the adapter.
+    A model with a scalar head gives that too, which its training changed with the adapter. A digest of the base's
+    files goes into the metadata: an adapter means nothing on another base, and shapes alone do not tell.
 
     Returns:
         The directory, with adapter_config.json and adapter_model.safetensors.
@@ -90,7 +95,7 @@ def save_adapter(model: PreTrainedModel, directory: str | Path, *, name: str = P
         config.inference_mode = True
         config.target_modules = sorted(config.target_modules)
         config.save_pretrained(str(fresh))
-        save_file(weights, fresh / WEIGHTS, metadata={"format": "pt"})
+        save_file(weights, fresh / WEIGHTS, metadata={"format": "pt", **_base_digest(model)})
 
     write_directory(path, write)
     return path
@@ -103,7 +108,7 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, name: str, is
     A scalar head beside it is left there: see `adapter_head`.
 
     Raises:
-        ValueError: no adapter there, or it was made for another model.
+        ValueError: no adapter there, or it was made for another model, or for other weights of it.
     """
     path = Path(directory)
     config: dict[str, Any] = json_file(path / "adapter_config.json")
@@ -113,6 +118,14 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, name: str, is
     for option in ("use_rslora", "alpha_pattern"):  # other scales; other shapes and names are found below
         if config.get(option):
             raise ValueError(f"{path} has {option}, which fastrl's adapters do not; merge it into its base with peft")
+    with safe_open(file, framework="pt") as saved_file:
+        theirs = (saved_file.metadata() or {}).get(BASE)
+    ours = _base_digest(model).get(BASE)
+    if theirs is not None and ours is not None and theirs != ours:
+        raise ValueError(
+            f"{path} was trained on {config.get('base_model_name_or_path')}, a base with other weights than "
+            f"{model.config._name_or_path}; train it on that, or name its merged model"
+        )
     targets = config["target_modules"]
     if not isinstance(targets, list):
         raise ValueError(f"{path}: target_modules must be a list of names, got {targets!r}; write them out")
@@ -144,3 +157,12 @@ def adapter_head(directory: str | Path) -> Tensor:
             "model; train one with fastrl reward --use_peft"
         )
     return saved[PREFIX + HEAD].float()
+
+
+def _base_digest(model: PreTrainedModel) -> dict[str, str]:
+    """BASE -> SHA-256 of the digests of the weight files the model was read from; {} when they are not there."""
+    name = model.config._name_or_path
+    files = sorted(Path(name).glob("*.safetensors")) if name else []  # a model made in memory has no name
+    if not files:
+        return {}
+    return {BASE: hashlib.sha256("".join(map(digest, files)).encode()).hexdigest()}

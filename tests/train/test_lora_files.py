@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -130,6 +131,20 @@ def test_an_adapter_that_does_not_fit_is_refused_by_its_path(tmp_path: Path, wha
         (path / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
     with pytest.raises(ValueError, match=str(path)):
         load_adapter(loaded(base), path, name="reward")
+
+
+def test_an_adapter_of_another_base_with_the_same_shapes_is_refused(tmp_path: Path) -> None:
+    base = saved_base(tmp_path)
+    save_adapter(trained(base), tmp_path / "adapter")
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    load_adapter(loaded(other), tmp_path / "adapter", name="reward")  # a copy is the same base
+    weights = load_file(other / "model.safetensors")
+    save_file(
+        {key: value + 1 for key, value in weights.items()}, other / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=f"{tmp_path / 'adapter'} was trained on {base}, .* than {other}"):
+        load_adapter(loaded(other), tmp_path / "adapter", name="reward")
 
 
 def test_nothing_but_an_adapter_is_replaced_by_one(tmp_path: Path) -> None:
