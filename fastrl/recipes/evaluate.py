@@ -19,13 +19,14 @@ from fastrl.train.estimate import Estimate, estimate_by_group
 from fastrl.train.learned_rewards import loaded
 from fastrl.train.model import load_model, load_tokenizer
 from fastrl.train.prompts import load_prompts
+from fastrl.train.reward_workers import workers_of
 
 
 def run(config: EvalConfig) -> int:
     """Print what each reward says of the model's completions; write them to `output_dir` when it is given.
 
     Returns:
-        0, or 1 when no reward judged any completion.
+        0, or 1 when no reward judged any completion, or one failed on more than `rewards.max_error_rate` of them.
     """
     experience, names = judge(config)
     for name, error in experience.scores.errors.items():
@@ -43,7 +44,14 @@ def run(config: EvalConfig) -> int:
         log.close()
         record = {name: {"mean": e.mean, "standard_error": e.standard_error, "n": e.n} for name, e in found.items()}
         (folder / "eval.json").write_text(json.dumps(record, indent=1) + "\n")
-    return 0 if found else 1
+    broken = [
+        name
+        for name in experience.scores.errors
+        if experience.scores.metrics[f"rewards/{name}/error_rate"] > config.rewards.max_error_rate
+    ]
+    if broken:
+        print(f"{', '.join(broken)}: failed on more completions than rewards.max_error_rate allows", file=sys.stderr)
+    return 0 if found and not broken else 1
 
 
 def judge(config: EvalConfig) -> tuple[Experience, list[str]]:
@@ -79,6 +87,7 @@ def judge(config: EvalConfig) -> tuple[Experience, list[str]]:
         num_generations=config.num_generations,
         seed=config.seed,
         overlong=OverlongBlock(),
+        workers=workers_of(config.rewards),
     )
     return collect(sampler, prompts, range(len(prompts))), [reward.name for reward in rewards]
 

@@ -30,6 +30,7 @@ from fastrl.train.partial_file import open_partial
 from fastrl.train.prompts import Prompt, load_prompts
 from fastrl.train.provenance import environment
 from fastrl.train.rejection import SELECTIONS, Candidate
+from fastrl.train.reward_workers import check_error_rates, workers_of
 from fastrl.types import Rollout
 
 
@@ -70,6 +71,7 @@ def run(config: GenerateConfig) -> int:
         num_generations=config.num_generations,
         seed=config.seed,
         overlong=OverlongBlock(),
+        workers=workers_of(config.rewards),
     )
     if config.output_file is None:
         for _ in _rows_of_all(config, sampler, prompts, first=0, counts=Counter(), write=_print):
@@ -93,13 +95,14 @@ def _rows_of_all(
 ) -> Any:
     """Sample, select and write the prompts from `first` on, a batch at a time; yield how many are done after each."""
     size = max(1, config.rollout.batch_size // config.num_generations)
-    without_verdict = 0
+    without_verdict, failing = 0, dict[str, int]()
     for start in range(first, len(prompts), size):
         ordinals = range(start, min(start + size, len(prompts)))
         batch = [prompts[i] for i in ordinals]
         if config.verify:
             experience = collect(sampler, batch, ordinals)
             without_verdict = check_verdicts(experience.reward, without_verdict, experience.scores.errors)
+            failing = check_error_rates(experience.scores, failing, config.rewards)
             rows = _selected(config, experience, counts)
         else:
             rows = _completions(config, sampler, batch, ordinals)

@@ -40,6 +40,7 @@ from fastrl.train.policy_setup import check_lengths, prompts_of, sampler_of
 from fastrl.train.prompts import Prompt
 from fastrl.train.provenance import write_environment
 from fastrl.train.reference import Reference, live_reference
+from fastrl.train.reward_workers import check_error_rates
 from fastrl.train.run_directory import open_run_directory
 from fastrl.train.schedule import learning_rate_at, warmup_length
 from fastrl.train.score_model import load_score_model, token_scores
@@ -94,7 +95,7 @@ def run(config: OnlineDPOConfig) -> int:
         with journal_of(config, directory, title="fastrl online_dpo", total_steps=setup.total_steps) as journal:
             progress, offsets = restore(directory, states, resume=config.resume_from_checkpoint)
             journal.truncate_to(offsets)
-            rounds_without_verdict = 0
+            rounds_without_verdict, failing = 0, dict[str, int]()
             while progress.step < setup.total_steps:
                 setup.sampler.engine.load_weights(setup.policy, progress.step)
                 experience, ordinal = collect_round(
@@ -114,6 +115,7 @@ def run(config: OnlineDPOConfig) -> int:
                 rounds_without_verdict = check_verdicts(
                     experience.reward, rounds_without_verdict, experience.scores.errors
                 )
+                failing = check_error_rates(experience.scores, failing, config.rewards)
                 if setup.held_out and (is_last or (config.eval_steps and progress.step % config.eval_steps == 0)):
                     evaluate(setup, journal, progress)
                 if is_last or directory.interrupted() or progress.step % config.save_steps == 0:

@@ -33,6 +33,7 @@ from fastrl.train.ppo_roles import print_roles
 from fastrl.train.ppo_round import Measures, Round, measured_round, mini_batches, shaped_scores
 from fastrl.train.ppo_setup import Setup, pretrain_batches, set_up, states_of
 from fastrl.train.provenance import write_environment
+from fastrl.train.reward_workers import check_error_rates
 from fastrl.train.run_directory import open_run_directory
 from fastrl.train.schedule import learning_rate_at, warmup_length
 from fastrl.train.snapshot import Progress, restore, save
@@ -57,7 +58,7 @@ def run(config: PPOConfig) -> int:
         with journal_of(config, directory, title="fastrl ppo", total_steps=setup.total_steps) as journal:
             progress, offsets = restore(directory, states, resume=config.resume_from_checkpoint)
             journal.truncate_to(offsets)
-            rounds_without_verdict = 0
+            rounds_without_verdict, failing = 0, dict[str, int]()
             while progress.step < setup.total_steps:
                 first, started = progress.step, perf_counter()
                 setup.sampler.engine.load_weights(policy, progress.step)
@@ -80,6 +81,7 @@ def run(config: PPOConfig) -> int:
                 rounds_without_verdict = check_verdicts(
                     experience.reward, rounds_without_verdict, experience.scores.errors
                 )
+                failing = check_error_rates(experience.scores, failing, config.rewards)
                 if setup.held_out and (is_last or _crossed(first, progress.step, config.eval_steps)):
                     evaluate(setup, journal, progress)
                 if is_last or directory.interrupted() or _crossed(first, progress.step, config.save_steps):

@@ -15,6 +15,7 @@ from fastrl.algorithms.dynamic_sampling import Rounds, after_round, groups_with_
 from fastrl.losses.overlong import soft_overlong
 from fastrl.rewards.protocol import Reward
 from fastrl.rewards.score import RewardError, Scores, score
+from fastrl.rewards.workers import RewardWorkers
 from fastrl.rollout.engine import Engine, Sampling
 from fastrl.rollout.seeds import request_seed
 from fastrl.train.config import OverlongBlock
@@ -35,6 +36,7 @@ class Sampler:
         num_generations: completions per prompt.
         seed: of the run; with a prompt's ordinal and the sample's number it fixes a completion.
         overlong: soft punishment added to the reward; a buffer of 0 adds none.
+        workers: processes that judge; None judges in this one.
     """
 
     engine: Engine
@@ -44,6 +46,7 @@ class Sampler:
     num_generations: int
     seed: int
     overlong: OverlongBlock
+    workers: RewardWorkers | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +178,7 @@ def _judged(
         [rollout.completion_ids for rollout in compress(rollouts, is_whole)],
         columns_of(whole),
         trainer_state=state,
+        workers=sampler.workers,
     )
     return replace(
         scores,

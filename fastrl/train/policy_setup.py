@@ -22,6 +22,7 @@ from fastrl.train.from_config import model_of, optimizer_of, reference_of
 from fastrl.train.learned_rewards import loaded
 from fastrl.train.optimizer import MasterAdamW
 from fastrl.train.prompts import Prompt, load_prompts
+from fastrl.train.reward_workers import workers_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,7 @@ def sampler_of(
         num_generations=config.num_generations,
         seed=config.seed,
         overlong=config.overlong,
+        workers=workers_of(config.rewards),
     )
 
 

@@ -4,7 +4,7 @@ Nothing here imports torch: a wrong key is refused before anything heavy is load
 `fastrl.train.validate`. `None` in an algorithm's field means "as the preset says".
 """
 
-from fastrl.train.config.blocks import DataBlock, KernelsBlock, PackingBlock, ReportBlock, RolloutBlock
+from fastrl.train.config.blocks import DataBlock, KernelsBlock, PackingBlock, ReportBlock, RewardsBlock, RolloutBlock
 from fastrl.train.config.distillation import DistillConfig, GKDConfig, TeacherConfig
 from fastrl.train.config.grpo import DynamicSamplingBlock, GRPOConfig, SamplerCorrectionBlock
 from fastrl.train.config.inference import DemoConfig, EvalConfig, GenerateConfig, InferenceConfig
@@ -52,6 +52,7 @@ __all__ = [
     "ReferenceConfig",
     "ReportBlock",
     "RewardConfig",
+    "RewardsBlock",
     "RolloutBlock",
     "SFTConfig",
     "SamplerCorrectionBlock",

@@ -56,6 +56,27 @@ class RolloutBlock:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardsBlock:
+    """How rewards run; see docs/rewards.md.
+
+    Attributes:
+        workers: reward processes that use a core at a time; None is one per core, 0 runs every reward in the
+            trainer's own process, where nothing stops one that hangs.
+        spare_workers: further ones that may wait for something (a server, a time limit) at the same time.
+        timeout_seconds: for judging one completion.
+        max_error_rate: share of a step's completions that a reward may fail on; three steps in a row above it stop
+            the run. 1 never does.
+        cache_size: results of pure rewards that are kept.
+    """
+
+    workers: int | None = None
+    spare_workers: int = 32
+    timeout_seconds: float = 10.0
+    max_error_rate: float = 0.02
+    cache_size: int = 65536
+
+
+@dataclass(frozen=True, kw_only=True)
 class KernelsBlock:
     """Which implementation of the ops runs.
 

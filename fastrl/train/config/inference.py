@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fastrl.train.config.blocks import DataBlock, RolloutBlock
+from fastrl.train.config.blocks import DataBlock, RewardsBlock, RolloutBlock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +49,14 @@ class EvalConfig(InferenceConfig):
         eval_dataset: JSONL or parquet file of prompts.
         reward_funcs: names of built-in rewards, or `package.module:function`.
         output_dir: where the completions and the result go; None prints the result only.
+        rewards: how reward functions run.
     """
 
     eval_dataset: str
     reward_funcs: tuple[str, ...]
     output_dir: str | None = None
     temperature: float = 0.0
+    rewards: RewardsBlock = RewardsBlock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,7 @@ class GenerateConfig(InferenceConfig):
         min_p: drop tokens below this share of the most likely token's probability; 0 keeps all.
         repetition_penalty: makes tokens that occurred already less likely; 1 is none.
         stop: texts that end a completion.
+        rewards: how the reward functions of verify run.
     """
 
     prompts: tuple[str, ...] = ()
@@ -85,6 +88,7 @@ class GenerateConfig(InferenceConfig):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    rewards: RewardsBlock = RewardsBlock()
 
 
 @dataclass(frozen=True, kw_only=True)

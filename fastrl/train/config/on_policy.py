@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastrl.train.config.blocks import RolloutBlock
+from fastrl.train.config.blocks import RewardsBlock, RolloutBlock
 from fastrl.train.config.training import TrainConfig
 
 
@@ -38,6 +38,7 @@ class OnPolicyConfig(TrainConfig):
         stop: texts that end a completion.
         overlong: soft punishment of long completions.
         rollout: how completions are sampled.
+        rewards: how reward functions run.
     """
 
     reward_funcs: tuple[str, ...] = ()
@@ -52,3 +53,4 @@ class OnPolicyConfig(TrainConfig):
     stop: tuple[str, ...] = ()
     overlong: OverlongBlock = OverlongBlock()
     rollout: RolloutBlock = RolloutBlock()
+    rewards: RewardsBlock = RewardsBlock()
