@@ -191,7 +191,7 @@ score([Reward(judges.leaves_children)], ["p"], ["a"], [[1]], {{"answer": [{str(n
 
 
 def test_a_reward_that_cannot_be_imported_elsewhere_is_an_error_at_once():
-    with RewardWorkers(workers=1) as pool, pytest.raises(RuntimeError, match="cannot import no.such:thing"):
+    with RewardWorkers(workers=1) as pool, pytest.raises(RuntimeError, match=r"cannot import no\.such:thing"):
         score([Reward(judges.each, spec="no.such:thing")], ["p"], ["a"], [[1]], {}, workers=pool)
 
 
