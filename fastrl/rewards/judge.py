@@ -20,8 +20,10 @@ from fastrl.rewards.judge_verdict import (
     share_of_win,
     weighted_score,
 )
+from fastrl.rewards.protocol import promises
 
 
+@promises(in_process=True)  # it bounds its own time, and nearly all of that is waiting
 @dataclass(frozen=True)
 class Judge:
     """A reward function (`fastrl.rewards.protocol`) that asks an endpoint; values are in [0, 1].

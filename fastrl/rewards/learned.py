@@ -5,7 +5,7 @@ Nothing here imports torch, so that a configuration with such a reward is checke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -65,11 +65,6 @@ class ProcessRewardModel:
     def __call__(self, prompts: Sequence[object], completions: Sequence[object]) -> NoReturn:
         """Refuse: the model is not loaded."""
         raise RuntimeError(_unloaded(self.path))
-
-
-def is_learned(function: Callable[..., object]) -> bool:
-    """Whether a reward must be loaded before it can judge."""
-    return isinstance(function, RewardModel | ProcessRewardModel)
 
 
 def _unloaded(path: str) -> str:

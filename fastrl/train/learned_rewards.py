@@ -48,7 +48,10 @@ def loaded(
             found.path, dtype=compute_dtype(config.dtype), device=device, trust_remote_code=config.trust_remote_code
         )
         functions.append(_function(found, model.requires_grad_(False), tokenizer, device))
-    return [replace(reward, function=function) for reward, function in zip(rewards, functions, strict=True)]
+    return [
+        reward if function is reward.function else replace(reward, function=function, spec="")  # it stays in here
+        for reward, function in zip(rewards, functions, strict=True)
+    ]
 
 
 def _function(
