@@ -204,9 +204,11 @@ def _combine(
     step = top - peak[None, :]
     e = tl.exp(step)
     weighted = tl.sum(e * (weighted + step * total), 0)
-    # A row without any finite logit has no distribution.
-    total = tl.where(peak > LOWEST, tl.sum(e * total, 0), NAN)
+    mass = tl.sum(e * total, 0)
+    # A row without any finite logit has no distribution; its lse is -inf, unless a NaN is why none is larger.
+    total = tl.where(peak > LOWEST, mass, NAN)
     log_total = tl.log(total)
+    lse = tl.where((peak <= LOWEST) & (mass == mass), -INFINITY, peak + log_total)
     inside = row < n_rows
     target = tl.load(target_ptr + row, mask=inside, other=-1)
     taken = tl.load(taken_ptr + row, mask=inside & (target >= 0) & (target < V), other=NAN)
@@ -214,7 +216,7 @@ def _combine(
     logprob = tl.where(target < 0, 0.0, (taken - peak) - log_total)
     tl.store(stats_ptr + row, logprob, mask=inside)
     tl.store(stats_ptr + n_rows + row, log_total - weighted / total, mask=inside)
-    tl.store(stats_ptr + 2 * n_rows + row, peak + log_total, mask=inside)
+    tl.store(stats_ptr + 2 * n_rows + row, lse, mask=inside)
     if WITH_MEAN:
         tl.store(stats_ptr + 3 * n_rows + row, tl.sum(plain, 0) / V, mask=inside)
 

@@ -92,7 +92,16 @@ def test_a_broken_logit_is_not_swallowed_and_stays_in_its_row(bad):
     got = forward(raw, target, tile=TILE)
     assert got[:, 1].isnan().all()
     torch.testing.assert_close(got[:, [0, 2]], clean[:, [0, 2]], rtol=0, atol=0)
-    assert forward(torch.full((1, 5), -math.inf), torch.tensor([0]), tile=TILE).isnan().all()
+
+
+def test_a_row_without_a_token_has_no_mass_and_no_distribution():
+    raw = torch.full((2, 300), -math.inf)
+    raw[1] = math.nan
+    logprob, entropy, lse = forward(raw, torch.tensor([0, 0]), tile=TILE)
+    assert lse[0] == -math.inf  # what a shard of padding adds to the other ranks' sum
+    assert lse[1].isnan()
+    assert logprob.isnan().all()
+    assert entropy.isnan().all()
 
 
 def test_padding_between_rows_is_read_but_never_counted():

@@ -73,6 +73,8 @@ CASES = {
     "cross entropy, all ignored": (cross_entropy, SMOOTHED, {}, "nowhere"),
     "cross entropy, triton": (cross_entropy, SMOOTHED | MAP, {"backend": "triton"}, "anywhere"),
     "logprob, first rank's tokens are forbidden": (logprob, {}, {}, "second"),
+    "logprob, triton, tokens are forbidden": (logprob, {}, {"backend": "triton"}, "second"),
+    "logprob, triton, second rank is all padding": (logprob, {"valid_vocab": 21}, {"backend": "triton"}, "first"),
 }
 
 
