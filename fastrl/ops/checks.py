@@ -11,10 +11,13 @@ from torch import Tensor
 def check_shapes(spec: str, tensors: Mapping[str, Tensor | None]) -> None:
     """Check shapes against a spec such as "hidden[N,D] weight[V,D] target[N]"; None tensors are absent options.
 
+    All must be on the device of the first.
+
     Raises:
-        ValueError: a tensor with other axes, naming it, what was expected and what came.
+        ValueError: a tensor with other axes or on another device, naming it, what was expected and what came.
     """
     sizes: dict[str, int] = {}
+    first, home = next((name, tensor.device) for name, tensor in tensors.items() if tensor is not None)
     for item in spec.split():
         name, axes = item.rstrip("]").split("[")
         expected = axes.split(",") if axes else []
@@ -27,10 +30,12 @@ def check_shapes(spec: str, tensors: Mapping[str, Tensor | None]) -> None:
         for axis, size in zip(expected, shape, strict=True):
             if sizes.setdefault(axis, size) != size:
                 raise ValueError(f"{name} must be [{axes}] with {axis}={sizes[axis]}, got shape {shape}")
+        if tensor.device != home:
+            raise ValueError(f"{name} is on {tensor.device} and {first} on {home}: move one with .to()")
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: int, valid_vocab: int | None) -> None:
-    """Check dtypes and devices of a linear head, and that the valid part of its vocabulary exists, on whatever ranks.
+def check_head(hidden: Tensor, weight: Tensor, vocabulary: int, valid_vocab: int | None) -> None:
+    """Check dtypes of a linear head, and that the valid part of its vocabulary exists, on whatever ranks.
 
     Raises:
         ValueError: what is wrong, and the remedy.
@@ -43,9 +48,6 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: 
         raise ValueError(
             f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}: cast one with .to()"
         )
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}: move one with .to()")
     check_vocab(vocabulary, valid_vocab)
 
 
@@ -73,14 +75,20 @@ def check_target(target: Tensor, vocabulary: int) -> None:
 
 
 def check_map(temperature: float | Tensor, softcap: float | None, logit_scale: float) -> None:
-    """Check temperature > 0 (a number; a tensor's values are the caller's), softcap > 0 and a finite scale."""
+    """Check temperature > 0 (a number; a tensor's values are the caller's), a finite softcap > 0 and a finite scale."""
     check_constant("temperature", temperature)
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature} (greedy log-probabilities use 1)")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
     if not abs(logit_scale) < float("inf"):
         raise ValueError(f"logit_scale must be finite, got {logit_scale}")
+
+
+def check_one_temperature(temperature: float) -> None:
+    """Check that temperature is not a tensor, for ops that have one for all rows."""
+    if isinstance(temperature, Tensor):
+        raise ValueError(f"temperature must be one number, got a tensor of shape {tuple(temperature.shape)}")
 
 
 def check_chunk_rows(chunk_rows: int | None) -> None:

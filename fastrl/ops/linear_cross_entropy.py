@@ -104,7 +104,7 @@ def linear_cross_entropy(
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     vocabulary = weight.shape[0] if shard is None else shard.total
-    check_head(hidden, weight, bias, vocabulary, valid_vocab)
+    check_head(hidden, weight, vocabulary, valid_vocab)
     target = target.masked_fill(target == ignore_index, -1)
     check_target(target, valid_vocab or vocabulary)
     check_map(temperature, softcap, logit_scale)
@@ -138,5 +138,5 @@ def _row_weight(token_weight: Tensor | None, target: Tensor, dtype: torch.dtype)
     """[N] each token's share of the loss; 0 where the target is negative."""
     is_trained = target >= 0
     if token_weight is not None:
-        return token_weight.to(dtype) * is_trained
+        return token_weight.to(dtype).masked_fill(~is_trained, 0)
     return is_trained.to(dtype) / is_trained.sum().clamp(min=1)

@@ -15,7 +15,15 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from fastrl.ops.backend import Implementations, choose
-from fastrl.ops.checks import check_chunk_rows, check_constant, check_head, check_map, check_shapes, check_target
+from fastrl.ops.checks import (
+    check_chunk_rows,
+    check_constant,
+    check_head,
+    check_map,
+    check_one_temperature,
+    check_shapes,
+    check_target,
+)
 from fastrl.ops.divergence import generalized_jsd, torch_rows, triton_rows
 from fastrl.ops.divergence_pass import DivergenceLoss, DivergencePlan, RowRule, divergence_pass
 from fastrl.ops.gemm import accumulation_dtype, operand
@@ -92,6 +100,7 @@ def linear_divergence(
     teacher_weight, teacher_bias, _, _ = on_this_rank(teacher_weight, teacher_bias, None, None)
     check_student(hidden, weight, bias, target, row_weight, beta=beta, alpha=alpha, valid_vocab=valid_vocab)
     _check_teacher(hidden, weight, teacher_hidden, teacher_weight, teacher_bias, valid_vocab)
+    check_one_temperature(temperature)
     check_map(temperature, softcap, logit_scale)
     check_map(temperature, teacher_softcap, teacher_logit_scale)
     check_chunk_rows(chunk_rows)
@@ -226,7 +235,7 @@ def check_student(
         "hidden[N,D] weight[V,D] target[N] bias[V] row_weight[N]",
         {"hidden": hidden, "weight": weight, "target": target, "bias": bias, "row_weight": row_weight},
     )
-    check_head(hidden, weight, bias, weight.shape[0], valid_vocab)
+    check_head(hidden, weight, weight.shape[0], valid_vocab)
     check_constant("row_weight", row_weight)
     for name, value in (("beta", beta), ("alpha", alpha)):
         if not 0 <= value <= 1:
@@ -259,9 +268,6 @@ def _check_teacher(
             "teacher_hidden and teacher_weight must have one floating-point dtype, got "
             f"{teacher_hidden.dtype} and {teacher_weight.dtype}: cast one with .to()"
         )
-    for name, tensor in (("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight)):
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}: move one with .to()")
     v, w = weight.shape[0], teacher_weight.shape[0]
     if (v != w and valid_vocab is None) or (valid_vocab or 0) > w:
         raise ValueError(

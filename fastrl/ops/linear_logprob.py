@@ -6,6 +6,7 @@ one coefficient per row and statistic. `linear_token_loss` is the same waist wit
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -152,12 +153,12 @@ def _linear_logprob(
         },
     )
     vocabulary = weight.shape[0] if shard is None else shard.total
-    check_head(hidden, weight, bias, vocabulary, valid_vocab)
+    check_head(hidden, weight, vocabulary, valid_vocab)
     check_target(target, valid_vocab or vocabulary)
     check_map(temperature, softcap, logit_scale)
     check_chunk_rows(chunk_rows)
-    if cache_gib is not None and cache_gib < 0:
-        raise ValueError(f"cache_gib must not be negative, got {cache_gib}")
+    if cache_gib is not None and not 0 <= cache_gib < math.inf:
+        raise ValueError(f"cache_gib must be finite and not negative, got {cache_gib}")
     if batch_invariant and lora is not None:
         raise ValueError("batch_invariant has no fixed tiles for lora: merge it into weight with weight + scale b @ a")
     if batch_invariant and hidden.dtype == torch.float64:
@@ -244,7 +245,7 @@ class _LinearLogprob(torch.autograd.Function):
                 if probability is not None:
                     kept.append(probability)
         logprob, entropy, lse = stats.unbind()
-        ctx.save_for_backward(hidden, *tensors, target, stats, *kept)
+        ctx.save_for_backward(hidden, *tensors, target, setting.logit_map.row_temperature, stats, *kept)
         ctx.setting, ctx.size, ctx.needs = setting, size, needs
         ctx.set_materialize_grads(False)
         return logprob.clone(), entropy.clone(), lse.clone()
@@ -252,7 +253,7 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, lora_a, lora_b, target, stats, *kept = ctx.saved_tensors
+        hidden, weight, bias, lora_a, lora_b, target, _, stats, *kept = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):
             tensors = HeadTensors(weight, bias, lora_a, lora_b)
             head = head_operands(tensors, ctx.setting)
@@ -293,7 +294,7 @@ def _add_chunk(
     cached: Tensor | None,
 ) -> None:
     """Add one chunk's share to the head's gradient, leaving out rows without any coefficient."""
-    active = grads.rows(rows).is_nonzero()
+    active = grads.rows(rows).is_nonzero(target[rows])
     if active is None:
         return
     index = active.nonzero()[:, 0]

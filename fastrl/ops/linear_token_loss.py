@@ -128,7 +128,7 @@ def linear_token_loss(
         },
     )
     vocabulary = weight.shape[0] if shard is None else shard.total
-    check_head(hidden, weight, bias, vocabulary, valid_vocab)
+    check_head(hidden, weight, vocabulary, valid_vocab)
     check_target(target, valid_vocab or vocabulary)
     check_map(temperature, softcap, logit_scale)
     check_constant("row_weight", row_weight)

@@ -22,7 +22,14 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from fastrl.ops.backend import Implementations, choose
-from fastrl.ops.checks import check_chunk_rows, check_constant, check_head, check_map, check_shapes
+from fastrl.ops.checks import (
+    check_chunk_rows,
+    check_constant,
+    check_head,
+    check_map,
+    check_one_temperature,
+    check_shapes,
+)
 from fastrl.ops.divergence import divergence_rows, generalized_jsd
 from fastrl.ops.divergence_pass import DivergenceLoss, DivergencePlan, RowRule, divergence_pass
 from fastrl.ops.gemm import accumulation_dtype, operand
@@ -78,7 +85,8 @@ def linear_top_tokens(
     """
     weight, bias, _, _ = on_this_rank(weight, bias, None, None)
     check_shapes("hidden[N,D] weight[V,D] bias[V]", {"hidden": hidden, "weight": weight, "bias": bias})
-    check_head(hidden, weight, bias, weight.shape[0], valid_vocab)
+    check_head(hidden, weight, weight.shape[0], valid_vocab)
+    check_one_temperature(temperature)
     check_map(temperature, softcap, logit_scale)
     check_chunk_rows(chunk_rows)
     size = valid_vocab or weight.shape[0]
@@ -142,6 +150,7 @@ def linear_topk_divergence(
     weight, bias, _, _ = on_this_rank(weight, bias, None, None)
     check_student(hidden, weight, bias, target, row_weight, beta=beta, alpha=alpha, valid_vocab=valid_vocab)
     _check_teacher(hidden, teacher, valid_vocab or weight.shape[0])
+    check_one_temperature(temperature)
     check_map(temperature, softcap, logit_scale)
     check_chunk_rows(chunk_rows)
     chosen = choose(backend, hidden, _IMPLEMENTATIONS)
@@ -241,8 +250,6 @@ def _check_teacher(hidden: Tensor, teacher: TopTokens, vocabulary: int) -> None:
     )
     for name, tensor in teacher._asdict().items():
         check_constant(f"teacher.{name}", tensor)
-        if tensor.device != hidden.device:
-            raise ValueError(f"teacher.{name} is on {tensor.device} and hidden on {hidden.device}: move one with .to()")
     if teacher.ids.dtype != torch.int64:
         raise ValueError(f"teacher.ids must be int64, got {teacher.ids.dtype}")
     if teacher.ids.device.type == "cpu" and teacher.ids.numel():

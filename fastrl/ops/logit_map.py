@@ -22,6 +22,11 @@ class LogitMap:
     softcap: float | None = None
     temperature: float | Tensor = 1.0
 
+    @property
+    def row_temperature(self) -> Tensor | None:
+        """The temperature where it is a tensor: saved for backward, so that a change before it is noticed."""
+        return self.temperature if isinstance(self.temperature, Tensor) else None
+
     def rows(self, index: Tensor | slice) -> LogitMap:
         """The map of some of the rows."""
         if not isinstance(self.temperature, Tensor):

@@ -42,7 +42,7 @@ def logits_logprob(
         logit_scale: multiplies the logits, before the cap.
         valid_vocab: logits from here on belong to padding and to no token.
         chunk_rows: rows worked on at a time; None fits a memory budget.
-        backend: "reference" (plain autograd) or "torch" (chunks); None: the machine's best.
+        backend: "reference" (plain autograd), "torch" or "triton" (chunks); None: the machine's best.
 
     Returns:
         TokenStats of [N] float32 (float64 for float64 logits), each differentiable once.
@@ -103,7 +103,7 @@ class _LogitsLogprob(torch.autograd.Function):
             of_rows = kernels.stats(logits[rows], target[rows], logit_map.rows(rows))
             stats[:, rows] = torch.stack(of_rows[:3])
         logprob, entropy, lse = stats.unbind()
-        ctx.save_for_backward(logits, target, stats)
+        ctx.save_for_backward(logits, target, logit_map.row_temperature, stats)
         ctx.logit_map, ctx.size, ctx.kernels = logit_map, size, kernels
         ctx.set_materialize_grads(False)
         return logprob.clone(), entropy.clone(), lse.clone()
@@ -111,7 +111,7 @@ class _LogitsLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, target, stats = ctx.saved_tensors
+        logits, target, _, stats = ctx.saved_tensors
         of_all, grads = RowStats(*stats.unbind()), RowGrads(*upstream)
         gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         for rows in chunks(logits.shape[0], ctx.size):

@@ -102,9 +102,9 @@ def _weighted_loss(
     leaves = stats.leaves() if differentiate else stats
     with torch.set_grad_enabled(differentiate or torch.is_grad_enabled()):
         per_row = plan.chunk_loss(leaves, index)
-        if per_row.shape != stats.logprob.shape:
-            shapes = f"{tuple(stats.logprob.shape)}, got shape {tuple(per_row.shape)}"
-            raise ValueError(f"loss_fn must return one loss per row, shape {shapes}")
+        if not isinstance(per_row, Tensor) or per_row.shape != stats.logprob.shape:
+            got = f"shape {tuple(per_row.shape)}" if isinstance(per_row, Tensor) else type(per_row).__name__
+            raise ValueError(f"loss_fn must return one loss per row, shape {tuple(stats.logprob.shape)}, got {got}")
         _refuse_foreign_leaves(per_row, leaves)
         weighted = (per_row if plan.row_weight is None else per_row * plan.row_weight[rows]).sum()
     if not weighted.requires_grad:
@@ -144,7 +144,7 @@ def _add_gradient(
 ) -> Tensor | float:
     """Add the chunk's rows that carry gradient to the head's; raw is overwritten. Returns the bound of the rest."""
     logit_map = head.logit_map.rows(rows)
-    kept = grads.is_nonzero()
+    kept = grads.is_nonzero(target)
     if kept is None:
         return 0.0
     bound: Tensor | float = 0.0

@@ -64,9 +64,14 @@ class RowGrads(NamedTuple):
         """The gradients of some of the rows."""
         return RowGrads(*(None if x is None else x[index] for x in self))
 
-    def is_nonzero(self) -> Tensor | None:
-        """[C] bool, the rows that have a gradient at all (NaN is one); None when no number has."""
-        given = [x != 0 for x in self if x is not None]
+    def is_nonzero(self, target: Tensor) -> Tensor | None:
+        """[C] bool, the rows that have a gradient at all (NaN is one); None when no number has.
+
+        The logprob of an ignored target has none, whatever is upstream of it.
+        """
+        given = [x != 0 for x in self[1:] if x is not None]
+        if self.logprob is not None:
+            given.append((self.logprob != 0) & (target >= 0))
         return torch.stack(given).any(0) if given else None
 
 

@@ -156,3 +156,17 @@ def test_ranks_that_share_out_the_rows_add_up_to_one(backend, op):
     for k, expected in enumerate((*whole.values, *whole.grads)):
         total = sum((*part.values, *part.grads)[k] for part in parts)
         torch.testing.assert_close(total, expected, rtol=1e-11, atol=1e-13)
+
+
+@BACKENDS
+@pytest.mark.parametrize("op", [logprob, logits])
+def test_a_temperature_that_changes_before_backward_is_noticed(op, backend):
+    temperature = torch.ones(3)
+    hidden, weight, target = linear_logprob_inputs(3, 4, 20)
+    root = op(hidden.requires_grad_(), weight, target, temperature=temperature, backend=backend)[0].sum()
+    temperature.mul_(2)
+    if backend == "reference":  # keeps a factor of its own
+        root.backward()
+        return
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        root.backward()

@@ -126,6 +126,16 @@ def test_smoothing_needs_no_further_product_and_no_further_matrix():
     assert meter.largest_numel <= 16 * v
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_the_weight_of_an_ignored_token_is_not_read(broken, backend):
+    hidden, weight, target = inputs()
+    token_weight = torch.where(target < 0, 0.0, 1.0)
+    clean = linear_cross_entropy(hidden, weight, target, token_weight=token_weight, backend=backend)
+    token_weight = token_weight.masked_fill(target < 0, broken)
+    assert linear_cross_entropy(hidden, weight, target, token_weight=token_weight, backend=backend) == clean
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

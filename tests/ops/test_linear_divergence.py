@@ -292,6 +292,8 @@ def test_main_grad_takes_the_gradient_of_the_head():
         ({"beta": 1.5}, r"beta must be in \[0, 1\], got 1.5"),
         ({"alpha": 0.5}, "pass target, or alpha=0"),
         ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": torch.ones(3)}, r"temperature must be one number, got a tensor of shape \(3,\)"),
+        ({"teacher_bias": torch.zeros(7, device="meta")}, "teacher_bias is on meta and hidden on cpu"),
         ({"target": torch.tensor([0, 9, 0])}, "below the vocabulary of 7, got 9"),
         ({"row_weight": torch.ones(3, requires_grad=True)}, "row_weight is a constant"),
         ({"chunk_rows": 0}, "chunk_rows must be at least 1"),

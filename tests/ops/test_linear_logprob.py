@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrl.ops import linear_logprob, use_backend
+from fastrl.ops import Lora, linear_logprob, use_backend
 from fastrl.ops.linear_logprob import reference
 from fastrl.testing import MemoryMeter, assert_no_worse_than, double, gemm_flops, linear_logprob_inputs, value_and_grads
 
@@ -301,7 +301,13 @@ def test_the_context_chooses_the_backend():
         ({"logit_scale": math.nan}, "logit_scale must be finite"),
         ({"valid_vocab": 8}, "valid_vocab must be between 1 and V=7"),
         ({"chunk_rows": 0}, "chunk_rows must be at least 1"),
-        ({"cache_gib": -1.0}, "cache_gib must not be negative"),
+        ({"softcap": math.inf}, "softcap must be positive and finite, or None"),
+        ({"cache_gib": -1.0}, "cache_gib must be finite and not negative"),
+        ({"cache_gib": math.nan}, "cache_gib must be finite and not negative"),
+        ({"weight": torch.zeros(7, 4, device="meta")}, "weight is on meta and hidden on cpu: move one"),
+        ({"target": torch.zeros(3, dtype=torch.int64, device="meta")}, "target is on meta and hidden on cpu"),
+        ({"temperature": torch.ones(3, device="meta")}, "temperature is on meta and hidden on cpu"),
+        ({"lora": Lora(torch.ones(2, 4), torch.ones(7, 2, device="meta"))}, "lora.b is on meta and hidden on cpu"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_sentence(change, message):

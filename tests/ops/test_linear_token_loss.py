@@ -350,6 +350,8 @@ def test_logits_stay_float32_under_autocast():
         ({"row_weight": torch.ones(3, requires_grad=True)}, "row_weight is a constant"),
         ({"skip_tolerance": 1.0}, r"skip_tolerance must be in \[0, 1\)"),
         ({"loss_fn": lambda lp, ent, rows: lp.sum()}, r"one loss per row, shape \(3,\), got shape \(\)"),
+        ({"loss_fn": lambda lp, ent, rows: 0.0}, r"one loss per row, shape \(3,\), got float"),
+        ({"row_weight": torch.ones(3, device="meta")}, "row_weight is on meta and hidden on cpu"),
         ({"temperature": -1.0}, "temperature must be positive"),
     ],
 )

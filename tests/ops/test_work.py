@@ -88,6 +88,24 @@ def test_clipped_rows_and_rows_without_advantage_cost_one_product_of_three(backe
 
 
 @BACKENDS
+@pytest.mark.parametrize("broken", [0.0, float("nan")])
+def test_ignored_targets_cost_one_product_and_their_rows_stay_out_of_the_gradient(broken, backend):
+    def x():
+        hidden, weight, target = leaves()
+        with torch.no_grad():
+            hidden[::2] += broken
+        return hidden, weight, target.masked_fill(ROWS % 2 == 0, -100)
+
+    inputs = x()
+    assert work(inputs, backend=backend) == 1 + 2 * 1 / 2
+    assert all(one.grad.isfinite().all() for one in inputs[:2])
+    inputs = x()
+    statistics = partial(linear_logprob, *inputs, cache_gib=0.0, chunk_rows=8, backend=backend)
+    assert units(lambda: statistics().logprob.sum().backward()) == 1 + 3 * 1 / 2
+    assert all(one.grad.isfinite().all() for one in inputs[:2])
+
+
+@BACKENDS
 @pytest.mark.parametrize("tolerance", [1e-3, 0.05, 0.5])
 def test_certified_rows_cost_one_product_of_three(tolerance, backend):
     hidden, weight, target = leaves(N, 64, 200, peak=25.0)
