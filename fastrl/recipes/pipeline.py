@@ -21,7 +21,7 @@ from typing import Any
 from fastrl.recipes.tiny import with_tiny
 from fastrl.report.preview import print_table
 from fastrl.train.config.pipeline import REFERENCE, PipelineConfig, Stage
-from fastrl.train.contents import digest
+from fastrl.train.contents import digest, quoted
 from fastrl.train.durable import write_text
 from fastrl.train.interrupt import EXIT_INTERRUPTED
 from fastrl.train.run_directory import RunDirectory, hold_directory
@@ -109,7 +109,8 @@ def _contents(value: Any) -> Any:
         return [value.removeprefix(place) if place.endswith(".py") else path.suffix, digest(path)]
     if path.is_dir():
         return {file.name: digest(file) for file in sorted(path.iterdir()) if file.suffix in (".json", ".safetensors")}
-    return value
+    options = [each for each in quoted(value) if Path(each).exists()]
+    return [value, [_contents(each) for each in options]] if options else value
 
 
 def _resolved(config: Any, root: Path) -> Any:

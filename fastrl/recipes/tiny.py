@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from fastrl.data.judgements import judgement_rows
 from fastrl.recipes import sorting
 from fastrl.train.config import ReportBlock, RewardConfig
+from fastrl.train.contents import quoted
 from fastrl.train.tiny_files import FILES, MODELS, PREFIX, is_tiny
 
 FOLDER = Path("runs/tiny")
@@ -31,11 +32,20 @@ def with_tiny(config: Config) -> Config:
         value = getattr(config, field.name)
         if is_tiny(value):
             changes[field.name] = str(made(value.removeprefix(PREFIX)))
-        elif isinstance(value, tuple) and any(map(is_tiny, value)):
-            changes[field.name] = tuple(str(made(v.removeprefix(PREFIX))) if is_tiny(v) else v for v in value)
+        elif isinstance(value, tuple) and any(isinstance(each, str) for each in value):
+            changes[field.name] = tuple(_with_tiny_parts(each) if isinstance(each, str) else each for each in value)
         elif is_dataclass(value):
             changes[field.name] = with_tiny(value)
     return replace(config, **changes)  # type: ignore[type-var]
+
+
+def _with_tiny_parts(text: str) -> str:
+    """A text that is `tiny:NAME`, or a reward's spec with such an option, with paths in their place."""
+    if is_tiny(text):
+        return str(made(text.removeprefix(PREFIX)))
+    for option in filter(is_tiny, quoted(text)):
+        text = text.replace(option, str(made(option.removeprefix(PREFIX))))
+    return text
 
 
 def made(name: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -17,19 +18,33 @@ def contents_of(*, data: Iterable[str | None], model: str, rewards: Iterable[str
     Args:
         data: paths; None is left out.
         model: directory of the starting model.
-        rewards: specs as in the configuration; those that name a file (`path.py:function`) count.
+        rewards: specs as in the configuration; files and model directories they name count: `path.py:function`,
+            `judge(config='judge.yaml')`, `reward_model(path='runs/reward/model')`.
 
     Cost: one pass over files up to 64 MiB; larger ones are sampled (size and 256 blocks of 64 KiB, first and last
         among them), which any retraining of a model changes.
     """
-    folder = Path(model)
     paths = [Path(path) for path in data if path is not None]
-    paths += [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    paths += _files(Path(model))
     for spec in rewards:
         name = spec.removeprefix("verl:").partition(":")[0]
         if name.endswith(".py"):
             paths.append(Path(name))
+        for option in quoted(spec):
+            paths += _files(Path(option)) if Path(option).is_dir() else [Path(option)]
     return {str(path): digest(path) for path in paths if path.is_file()}
+
+
+QUOTED = re.compile(r"""(?<==)\s*(['"])(.+?)\1""")
+
+
+def quoted(spec: str) -> list[str]:
+    """The texts among the options of a reward's spec, some of which are paths."""
+    return [text for _, text in QUOTED.findall(spec)]
+
+
+def _files(folder: Path) -> list[Path]:
+    return [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
 
 
 def digest(path: Path) -> str:

@@ -9,9 +9,12 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
+from fastrl.train.validate_files import model_problem
+
 
 def reward_problem(spec: str, *, key: str = "reward_funcs") -> Iterator[str]:
     """Problem with one entry of the option `key`; see `fastrl.rewards.resolve` for its forms."""
+    from fastrl.rewards.learned import ProcessRewardModel, RewardModel
     from fastrl.rewards.resolve import resolve_reward
 
     target = spec.removeprefix("verl:").partition("(")[0]
@@ -20,11 +23,15 @@ def reward_problem(spec: str, *, key: str = "reward_funcs") -> Iterator[str]:
         yield from _imported(key, spec, place, name)
         return
     try:
-        resolve_reward(spec)  # a built-in, so nothing of the user's is imported
+        found = resolve_reward(spec)  # a built-in, so nothing of the user's is imported
     except ValueError as error:
         names = [name.strip() for name in target.split(",")]
         listed = f"; write a list: {key}: [{', '.join(names)}], or --{key} {' '.join(names)}"
         yield f"{key}: {error}" + (listed if len(names) > 1 else "")
+        return
+    if isinstance(found, RewardModel | ProcessRewardModel):
+        wrong = model_problem(found.path)
+        yield from (problem.replace("model_name_or_path", f"{key}: {target}", 1) for problem in wrong)
 
 
 def _imported(key: str, spec: str, place: str, name: str) -> Iterator[str]:
