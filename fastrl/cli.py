@@ -80,8 +80,9 @@ OTHERS = {
     "run": "Run the recipe that a YAML file names: fastrl run FILE [flags].",
     "config": "Write, check or describe configuration: fastrl config init|check|schema.",
     "kernels": "List, compile or check the kernels: fastrl kernels list|audit|check.",
-    "env": "What is installed, which devices and backends would be used.",
+    "env": "What is installed, which devices and backends would be used: fastrl env [sandbox].",
 }
+ENV_USAGE = "usage: fastrl env [--json] | sandbox"
 CONFIG_USAGE = "usage: fastrl config init RECIPE | check FILE [flags] | schema RECIPE"
 
 
@@ -184,10 +185,14 @@ def _config(arguments: Sequence[str]) -> int:
 
 def _env(arguments: Sequence[str]) -> int:
     if _asks_help(arguments):
-        print("usage: fastrl env [--json]")
+        print(ENV_USAGE)
         return 0
+    if list(arguments) == ["sandbox"]:
+        from fastrl.command.sandbox import run
+
+        return run()
     if list(arguments) not in ([], ["--json"]):
-        raise Refused("usage: fastrl env [--json]")
+        raise Refused(ENV_USAGE)
     from fastrl.command.environment import as_json, as_text, environment
 
     found = environment()

@@ -38,10 +38,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "testing": {"types", "ops"},
     "cli": {"recipes", "train", "ops", "command"},
-    "command": {"recipes", "train", "ops", "cli", "testing"},
+    "command": {"recipes", "train", "ops", "cli", "testing", "rewards"},
 }
 # Parts whose imports of fastrl must sit inside functions, so that importing them stays light.
-LAZY_ONLY = {("ops", "kernels"), ("ops", "_C"), ("rollout", "_C"), ("cli", "recipes"), ("command", "recipes")}
+LAZY_ONLY = {
+    ("ops", "kernels"),
+    ("ops", "_C"),
+    ("rollout", "_C"),
+    ("cli", "recipes"),
+    ("command", "recipes"),
+    ("command", "rewards"),
+}
 FORBIDDEN_NAMES = {"utils.py", "util.py", "common.py", "base.py", "helpers.py", "misc.py"}
 KERNELS_MAY_IMPORT = {
     "__future__",

@@ -1,5 +1,6 @@
 """Judging completions: verifiers, their composition, and adapters to other projects' reward functions."""
 
+from fastrl.rewards.code_reward import CodeReward, code_reward
 from fastrl.rewards.constraints import constraints
 from fastrl.rewards.exact_match import exact_match
 from fastrl.rewards.format import think_format
@@ -22,6 +23,7 @@ from fastrl.rewards.verl import verl_reward
 from fastrl.rewards.workers import RewardWorkers
 
 __all__ = [
+    "CodeReward",
     "JsonSchema",
     "Language",
     "Length",
@@ -35,6 +37,7 @@ __all__ = [
     "TagCounts",
     "Traits",
     "check_rewards",
+    "code_reward",
     "completion_text",
     "constraints",
     "exact_match",

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastrl.rewards.code_reward import CodeReward
 from fastrl.rewards.constraints import constraints
 from fastrl.rewards.constraints import parsed as parsed_constraints
 from fastrl.rewards.exact_match import exact_match, gold_text
@@ -45,6 +46,7 @@ BUILT_IN: Mapping[str, RewardFunction] = {
     "format": think_format,
     "length": Length,
     "reasoning_gym": reasoning_gym,
+    "code": CodeReward,
     "judge": Judge,
     "reward_model": RewardModel,
     "process_reward_model": ProcessRewardModel,
@@ -151,6 +153,8 @@ def check_rewards(rewards: Sequence[Reward], columns: Mapping[str, Sequence[obje
                 f"reward {reward.name!r} needs the column 'ground_truth', or verl's 'reward_model' with it inside; "
                 f"the data has: {', '.join(columns)}"
             )
+        if isinstance(reward.function, CodeReward):
+            _check_gold(reward.name, reward.function.check, columns["tests"])
         for function, column, check in _GOLD_CHECKS:
             if unwrapped(reward.function) is function:
                 _check_gold(reward.name, check, columns[column])

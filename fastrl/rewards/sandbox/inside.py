@@ -13,14 +13,15 @@ import os
 import resource
 import sys
 import types
+from contextlib import suppress
 from typing import Any
 
 from fastrl.rewards.sandbox.landlock import restrict
 from fastrl.rewards.sandbox.seccomp import install
 from fastrl.rewards.sandbox.values import decode, encode
 
-# Raising one of these inside a check's own `all(map(...))` or `for` would end it early, and pass.
-_CONTROL_FLOW = (StopIteration, StopAsyncIteration)
+# Raised inside a check's own `all(map(...))`, the first two end it early, and it passes; the last is the check's own.
+_CONTROL_FLOW = (StopIteration, StopAsyncIteration, AssertionError)
 
 
 class Channel:
@@ -158,13 +159,12 @@ def check(channel: Channel, job: dict[str, Any]) -> None:
 def raised_there(name: Any, message: Any = "") -> Exception:
     """A built-in exception of that name, so that a check can expect it; RuntimeError for all others."""
     kind = getattr(builtins, name, None) if isinstance(name, str) else None
-    usable = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, _CONTROL_FLOW)
-    try:
-        error = kind(message) if usable and kind is not AssertionError else RuntimeError(f"{name}: {message}")
-    except TypeError:  # UnicodeDecodeError takes five arguments
-        error = RuntimeError(f"{name}: {message}")
-    error._from_submission = True  # type: ignore[union-attr]
-    return error  # type: ignore[return-value]
+    error: Exception = RuntimeError(f"{name}: {message}")
+    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, _CONTROL_FLOW):
+        with suppress(TypeError):  # UnicodeDecodeError takes five arguments
+            error = kind(message)
+    error._from_submission = True  # type: ignore[attr-defined]
+    return error
 
 
 def compiled(channel: Channel, source: str) -> Any:

@@ -3,7 +3,7 @@
 | layer | what it is |
 | --- | --- |
 | uid | root drops to a user of its own before anything else: bubblewrap started by root is no boundary |
-| bwrap | own user, process, network, IPC and host-name namespaces; only the runtime's files, read-only; no capabilities |
+| bwrap | own user, process, network, IPC and host-name namespaces; the runtime, read-only; no capabilities |
 | landlock | the same files once more, held by another part of the kernel; no signals to the outside |
 | seccomp | the system calls that reach past all that |
 | rlimits | CPU time, address space, processes, files |

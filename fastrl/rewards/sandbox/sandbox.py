@@ -78,7 +78,7 @@ class Sandbox:
         atexit.register(self.close)
 
     def run(self, job: Mapping[str, Any]) -> dict[str, Any]:
-        """The outcome of one job of `fastrl.rewards.sandbox.slot`; waits for a free slot. A slot that fails is INFRA."""
+        """The outcome of one job of `fastrl.rewards.sandbox.slot`; waits for a free slot. A failing slot is INFRA."""
         slot = self._free.get()
         number = slot if isinstance(slot, int) else slot.number
         after: Slot | int = number

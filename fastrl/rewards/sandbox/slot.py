@@ -107,7 +107,7 @@ class Run:
             self.selector.unregister(descriptor)
         else:
             is_over = guest.written > self.limits["output_kib"] * 1024
-            if guest is self.worker and is_over or guest.written > MOST_CHECK_BYTES:
+            if (guest is self.worker and is_over) or guest.written > MOST_CHECK_BYTES:
                 self._finish("OUTPUT", f"more than {self.limits['output_kib']} KiB")
             elif descriptor == guest.records:
                 self._hear(guest)
