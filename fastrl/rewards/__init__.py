@@ -8,6 +8,7 @@ from fastrl.rewards.items import sequence_equality, set_equality
 from fastrl.rewards.json_schema import JsonSchema, json_schema
 from fastrl.rewards.language import Language
 from fastrl.rewards.length import Length
+from fastrl.rewards.math_reward import math_reward
 from fastrl.rewards.multiple_choice import multiple_choice
 from fastrl.rewards.numeric import numeric
 from fastrl.rewards.protocol import Reward, RewardFunction, Traits, promises
@@ -43,6 +44,7 @@ __all__ = [
     "exact_match",
     "final_answer",
     "json_schema",
+    "math_reward",
     "multiple_choice",
     "numeric",
     "promises",

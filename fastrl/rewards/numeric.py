@@ -17,7 +17,7 @@ RELATIVE_TOLERANCE = Fraction(1, 10**6)
 LONGEST_NUMBER = 100  # characters; longer digit strings are noise, and exact arithmetic on them is an attack
 
 _PLAIN = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
-_NUMBER = re.compile(
+NUMBER = re.compile(
     rf"""
     (?:(?<![\w.)\]}}%-])(?P<sign>[-+]))?        # a sign, not a subtraction, a range or a list bullet
     (?:\\?[$€£])?
@@ -93,15 +93,15 @@ def number_in(text: str) -> Fraction | None:
     declared = _number_after(_HASHES, answer)
     if declared is not None:
         return _value(declared)
-    box = _last_box(answer)
+    box = last_box(answer)
     if box is not None:
-        inside = list(_NUMBER.finditer(_LATEX_WRAPPER.sub("{", box)))
+        inside = list(NUMBER.finditer(_LATEX_WRAPPER.sub("{", box)))
         # `\boxed{2x + 5}` declares an expression; its last number is not the answer.
         return _value(inside[0]) if len(inside) == 1 else None
     declared = _number_after(_ANSWER_IS, answer)
     if declared is not None:
         return _value(declared)
-    everything = list(_NUMBER.finditer(answer))
+    everything = list(NUMBER.finditer(answer))
     return _value(everything[-1]) if everything else None
 
 
@@ -109,13 +109,13 @@ def _number_after(marker: re.Pattern[str], text: str) -> re.Match[str] | None:
     """The number right after the last marker that has one."""
     found = None
     for start in marker.finditer(text):
-        number = _NUMBER.match(text, start.end())
+        number = NUMBER.match(text, start.end())
         if number and not (marker is _HASHES and _HEADING.match(text, number.end())):
             found = number
     return found
 
 
-def _last_box(text: str) -> str | None:
+def last_box(text: str) -> str | None:
     r"""What the last closed `\boxed{...}` holds; a box that was never closed (a truncated text) does not count."""
     open_braces: list[int | None] = []  # for a box, where its content starts
     last: tuple[int, int] | None = None

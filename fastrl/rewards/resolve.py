@@ -30,6 +30,7 @@ from fastrl.rewards.judge import Judge
 from fastrl.rewards.language import Language
 from fastrl.rewards.learned import ProcessRewardModel, RewardModel
 from fastrl.rewards.length import Length
+from fastrl.rewards.math_reward import math_gold, math_reward
 from fastrl.rewards.multiple_choice import gold_letter, multiple_choice
 from fastrl.rewards.numeric import gold_number, numeric
 from fastrl.rewards.protocol import STANDARD_INPUTS, Reward, RewardFunction, function_name, missing_inputs, unwrapped
@@ -38,11 +39,13 @@ from fastrl.rewards.regex import Regex, compiled, regex
 from fastrl.rewards.repetition import Repetition
 from fastrl.rewards.sudoku import check_puzzle, sudoku
 from fastrl.rewards.tags import TagCounts
+from fastrl.rewards.verifier_gate import check_verifiers
 from fastrl.rewards.verl import VerlReward, verl_reward
 
 BUILT_IN: Mapping[str, RewardFunction] = {
     "numeric": numeric,
     "exact_match": exact_match,
+    "math_reward": math_reward,
     "format": think_format,
     "length": Length,
     "reasoning_gym": reasoning_gym,
@@ -68,6 +71,7 @@ WITH_OPTIONS: Mapping[str, type] = {"regex": Regex, "json_schema": JsonSchema}
 _GOLD_CHECKS: tuple[tuple[RewardFunction, str, Callable[[object], object]], ...] = (
     (numeric, "answer", gold_number),
     (exact_match, "answer", gold_text),
+    (math_reward, "answer", math_gold),
     (multiple_choice, "answer", gold_letter),
     (set_equality, "answer", gold_items),
     (sequence_equality, "answer", gold_items),
@@ -137,7 +141,8 @@ def check_rewards(rewards: Sequence[Reward], columns: Mapping[str, Sequence[obje
 
     Raises:
         ValueError: a column a reward needs is missing, or a gold answer cannot be judged. Names the first bad row,
-            counted from 1 as everywhere, and how many there are.
+            counted from 1 as everywhere, and how many there are. Or a verifier fails its gate: see
+            `fastrl.rewards.verifier_gate`.
     """
     for reward in rewards:
         missing = missing_inputs(reward.function, {*columns, *STANDARD_INPUTS})
@@ -158,6 +163,7 @@ def check_rewards(rewards: Sequence[Reward], columns: Mapping[str, Sequence[obje
         for function, column, check in _GOLD_CHECKS:
             if unwrapped(reward.function) is function:
                 _check_gold(reward.name, check, columns[column])
+    check_verifiers(rewards, columns)
 
 
 def _check_gold(name: str, check: Callable[[object], object], golds: Sequence[object]) -> None:

@@ -30,7 +30,9 @@ NOT_SEMANTIC = (
     "report",
     "packing",
     "kernels",
+    "rewards",
     "rollout.batch_size",
+    "signals",  # a run that a signal stopped goes on with other limits; what a signal does is in signals.jsonl
     "gradient_checkpointing",
     "attn_implementation",
     "trust_remote_code",
