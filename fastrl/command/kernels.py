@@ -75,7 +75,7 @@ def _audit(arguments: Sequence[str]) -> int:
     files, flags = _split(arguments, {"--targets", "--every", "--rotate", "--json"})
     every = flags.get("--every", ["1"])
     if len(every) != 1 or not every[0].isdigit() or int(every[0]) < 1:
-        raise Refused(f"--every: expected a whole number of at least 1, got {' '.join(every) or 'nothing'}")
+        raise Refused(f"--every: expected a whole number of at least 1, got {' '.join(every)}")
     rotate = "--rotate" in flags
     records = _asked(lambda: audit(files, flags.get("--targets", ()), every=int(every[0]), rotate=rotate))
     if records is None:
@@ -115,8 +115,10 @@ def _check(arguments: Sequence[str]) -> int:
 
     files, flags = _split(arguments, {"--device", "--json"})
     devices = flags.get("--device", ["cuda" if torch.cuda.is_available() else "cpu"])
-    if files or devices not in (["cpu"], ["cuda"]):
-        raise Refused(USAGE)
+    if files:
+        raise Refused(f"check takes no files, got '{files[0]}'")
+    if devices not in (["cpu"], ["cuda"]):
+        raise Refused(f"--device: expected cpu or cuda, got {' '.join(devices)}")
     (device,) = devices
     if device == "cuda" and not torch.cuda.is_available():
         raise Refused("--device cuda: torch sees no GPU here")
@@ -159,6 +161,9 @@ def _split(arguments: Sequence[str], known: set[str]) -> tuple[list[str], dict[s
     for name in SWITCHES & set(flags):
         if flags[name]:
             raise Refused(f"{name} takes no value, got '{flags[name][0]}'; files are named before the flags")
+    for name, values in flags.items():
+        if name not in SWITCHES and not values:
+            raise Refused(f"{name}: expected a value")
     return words, flags
 
 

@@ -91,8 +91,10 @@ def test_the_check_fails_on_a_disagreement_and_hides_what_was_never_written(
         (["audit", "--every", "0"], "--every: expected a whole number"),
         (["audit", "--fast"], "unknown flag '--fast'"),
         (["audit", "softmax"], "no kernel file 'softmax'"),
-        (["check", "--device", "tpu"], "usage: fastrl kernels list"),
-        (["check", "--device", "cpu", "cuda"], "usage: fastrl kernels list"),
+        (["audit", "gae", "--targets"], "--targets: expected a value"),
+        (["check", "--device", "tpu"], "--device: expected cpu or cuda, got tpu"),
+        (["check", "--device", "cpu", "cuda"], "--device: expected cpu or cuda, got cpu cuda"),
+        (["check", "gae"], "check takes no files, got 'gae'"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
