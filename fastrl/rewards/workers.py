@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
@@ -54,7 +55,7 @@ class RewardWorkers:
                 "RewardWorkers needs workers >= 1, spare_workers >= 0, timeout_seconds > 0, cache_size >= 0; "
                 f"got {workers}, {spare_workers}, {timeout_seconds}, {cache_size}"
             )
-        self._workers = workers if workers is not None else len(os.sched_getaffinity(0))
+        self._workers = workers if workers is not None else _cores()
         self._spare_workers = spare_workers
         self._timeout_seconds = timeout_seconds
         self._kept = _Kept(cache_size)
@@ -287,6 +288,10 @@ class _Kept:
                 self._results[key] = value
                 if len(self._results) > self._size:
                     self._results.popitem(last=False)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _close_all(channels: set[socket.socket]) -> None:
