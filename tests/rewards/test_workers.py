@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,17 @@ def test_what_a_function_promises_is_read_through_its_class_and_its_spec_is_foun
     assert import_spec(lambda completions: 0) == ""
     with pytest.raises(ValueError, match="cannot promise per_item or pure"):
         Traits(pure=True, whole_batch=True)
+
+
+def test_a_pool_outlives_the_thread_that_started_it():
+    with RewardWorkers(workers=1) as pool:
+        thread = threading.Thread(target=judge, args=(pool, judges.each, ["a"]))
+        thread.start()
+        thread.join()
+        first = pool._nursery
+        time.sleep(0.1)
+        assert judge(pool, judges.each, ["bb"]).total == (2.0,)
+        assert pool._nursery is first
 
 
 def test_what_a_killed_worker_leaves_behind_is_killed_too(tmp_path):
