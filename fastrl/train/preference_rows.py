@@ -66,10 +66,7 @@ def load_pairs(path: str, tokenizer: Any, config: PreferenceConfig, *, output_di
     """
 
     def items(row: Row, format: Format, encode: Encode) -> list[Pair]:
-        pair = Pair(encode("chosen", row["chosen"]), encode("rejected", row["rejected"]))
-        if pair.chosen.ids == pair.rejected.ids:
-            raise _refused("/rejected", "equal completions", "other tokens than chosen (after cutting)", "the same")
-        return [pair]
+        return [_pair(row, encode)]
 
     return _loaded(path, (PREFERENCE,), tokenizer, config, output_dir, items, lambda pair: (pair.chosen, pair.rejected))
 
@@ -83,7 +80,8 @@ def load_judged(path: str, tokenizer: Any, config: PreferenceConfig, *, output_d
     def items(row: Row, format: Format, encode: Encode) -> list[Judged]:
         if format.columns == UNPAIRED.columns:
             return [Judged(encode("completion", row["completion"]), row["label"])]
-        return [Judged(encode("chosen", row["chosen"]), True), Judged(encode("rejected", row["rejected"]), False)]
+        pair = _pair(row, encode)
+        return [Judged(pair.chosen, True), Judged(pair.rejected, False)]
 
     return _loaded(path, (UNPAIRED, PREFERENCE), tokenizer, config, output_dir, items, lambda item: (item.example,))
 
@@ -96,11 +94,13 @@ def load_ranked(path: str, tokenizer: Any, config: PreferenceConfig, *, output_d
 
     def items(row: Row, format: Format, encode: Encode) -> list[Ranked]:
         if format.columns == PREFERENCE.columns:
-            return [Ranked((encode("chosen", row["chosen"]), encode("rejected", row["rejected"])), (1.0, 0.0))]
+            pair = _pair(row, encode)
+            return [Ranked((pair.chosen, pair.rejected), (1.0, 0.0))]
         examples = tuple(encode(f"completions/{i}", text) for i, text in enumerate(row["completions"]))
-        if format.columns == RANKED.columns:
-            return [Ranked(examples, tuple(-float(rank) for rank in row["ranks"]))]
-        return [Ranked(examples, tuple(map(float, row["scores"])))]
+        is_rank = format.columns == RANKED.columns
+        scores = tuple(-float(rank) for rank in row["ranks"]) if is_rank else tuple(map(float, row["scores"]))
+        _check_one_score_each(examples, scores)
+        return [Ranked(examples, scores)]
 
     formats = (SCORED, RANKED, PREFERENCE)
     return _loaded(path, formats, tokenizer, config, output_dir, items, lambda item: item.examples)
@@ -188,6 +188,23 @@ def _encoded(
         expected = f"tokens to train on in the first {limit} ({name})"
         raise _refused(f"/{field}", "nothing left to train on", expected, "none")
     return Example(ids[:limit], mask[:limit]), True
+
+
+def _pair(row: Row, encode: Encode) -> Pair:
+    pair = Pair(encode("chosen", row["chosen"]), encode("rejected", row["rejected"]))
+    if pair.chosen.ids == pair.rejected.ids:
+        raise _refused("/rejected", "equal completions", "other tokens than chosen (after cutting)", "the same")
+    return pair
+
+
+def _check_one_score_each(examples: Sequence[Example], scores: Sequence[float]) -> None:
+    """A completion cannot be better than itself; the same one twice with the same score is no contradiction."""
+    first: dict[tuple[int, ...], int] = {}
+    for i, example in enumerate(examples):
+        place = first.setdefault(tuple(example.ids), i)
+        if scores[place] != scores[i]:
+            expected = f"other tokens than /completions/{place} (after cutting), whose score differs"
+            raise _refused(f"/completions/{i}", "equal completions", expected, "the same")
 
 
 def _check_budget(examples: Sequence[Example], config: PreferenceConfig) -> None:

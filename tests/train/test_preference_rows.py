@@ -122,6 +122,21 @@ def test_a_prompt_too_many_completions_share_does_not_fit_one_batch(model: Path,
         load_ranked(path, make_tokenizer(), replace(config, packing=PackingBlock(token_budget=12)), output_dir=None)
 
 
+def test_completions_that_are_learned_against_each_other_differ(model: Path, tmp_path: Path) -> None:
+    row = {"prompt": "12", "completions": ["34", "5", "34"], "scores": [1, 1, 0]}
+    config = RRHFConfig(model_name_or_path=str(model), output_dir="unused", train_dataset="")
+    with pytest.raises(DataError, match=r"rows\.jsonl:1:/completions/2: expected other tokens than /completions/0"):
+        load_ranked(write(tmp_path / "rows.jsonl", row), make_tokenizer(), config, output_dir=None)
+    tied = write(tmp_path / "tied.jsonl", {**row, "scores": [1, 0, 1]})
+    assert len(load_ranked(tied, make_tokenizer(), config, output_dir=None).rows) == 1
+
+    cut = config_of(model, max_length=4, truncate=True)
+    path = write(tmp_path / "pairs.jsonl", {**PAIR, "rejected": "346"})
+    for load in (load_judged, load_ranked):
+        with pytest.raises(DataError, match=r"pairs\.jsonl:1:/rejected: expected other tokens than chosen"):
+            load(path, make_tokenizer(), cut, output_dir=None)
+
+
 def test_an_implicit_prompt_is_taken_out_before_encoding(model: Path, tmp_path: Path) -> None:
     turns = (
         [{"role": "user", "content": "12"}],
