@@ -56,6 +56,8 @@ def dpo_problems(config: DPOConfig) -> Problems:
         yield "loss_type: sft alone learns nothing from the rejected; add sigmoid, or use fastrl sft"
     if config.loss_weights is not None and len(config.loss_weights) != len(losses):
         yield f"loss_weights: needs one number for each of the {len(losses)} losses, got {len(config.loss_weights)}"
+    if config.loss_weights and not any(config.loss_weights):
+        yield "loss_weights: all 0 leaves nothing to learn; set one above 0"
     if config.label_smoothing and not any(loss in SMOOTHED for loss in losses):
         yield f"label_smoothing: has no place in {', '.join(losses)}; remove it, or use one of {', '.join(SMOOTHED)}"
     if "robust" in losses and config.label_smoothing >= 0.5:
@@ -69,6 +71,8 @@ def dpo_problems(config: DPOConfig) -> Problems:
     if config.reference_free and (config.ref_model_name_or_path is not None or config.sync_ref_model):
         key = "sync_ref_model" if config.sync_ref_model else "ref_model_name_or_path"
         yield f"reference_free: leaves no reference for {key}; remove one of them"
+    elif config.reference_free and not config.precompute_ref_log_probs:
+        yield "precompute_ref_log_probs: has no effect with reference_free, which asks no reference; remove it"
     yield from _pair_budget(config)
 
 
@@ -80,6 +84,8 @@ def kto_problems(config: KTOConfig) -> Problems:
             "per_device_train_batch_size: kto's baseline pairs prompts with completions of other rows of the step; "
             "set at least 2"
         )
+    if config.desirable_weight == 0 and config.undesirable_weight == 0:
+        yield "desirable_weight: 0 beside undesirable_weight 0 leaves nothing to learn; set one above 0"
     if config.max_length is not None and config.packing.token_budget < config.max_length:
         yield (
             f"packing.token_budget: {config.packing.token_budget} cannot hold one sequence of max_length "
