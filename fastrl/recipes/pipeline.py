@@ -24,7 +24,7 @@ from fastrl.train.config.pipeline import REFERENCE, PipelineConfig, Stage
 from fastrl.train.contents import digest, quoted
 from fastrl.train.durable import write_text
 from fastrl.train.interrupt import EXIT_INTERRUPTED
-from fastrl.train.run_directory import RunDirectory, hold_directory
+from fastrl.train.run_directory import CONFIG_FILE, RunDirectory, hold_directory
 from fastrl.train.validate import problems
 
 LEDGER_FILE = "pipeline.json"
@@ -68,7 +68,10 @@ def _take(stage: Stage, resolved: Any, inputs: str, directory: RunDirectory, led
     if not is_begun or (folder / DATA_FILE).exists():
         _set_aside(folder)
         ledger[stage.name] = {"recipe": stage.recipe, "inputs": inputs, "is_done": False}
-        _write_ledger(directory.path, ledger)
+    elif (folder / CONFIG_FILE).is_file():
+        _rename_inputs(folder / CONFIG_FILE, ledger[stage.name].get("root", ""), directory.path)
+    ledger[stage.name]["root"] = str(directory.path)
+    _write_ledger(directory.path, ledger)
     if "resume_from_checkpoint" in {field.name for field in fields(resolved)} and folder.exists():
         resolved = replace(resolved, resume_from_checkpoint="auto")
     wrong = problems(resolved)
@@ -135,6 +138,17 @@ def _set_aside(folder: Path) -> None:
         number += 1
     folder.rename(old)
     print(f"{folder} was made from other inputs; it is now {old.name}")
+
+
+def _rename_inputs(stored: Path, old: str, root: Path) -> None:
+    """Give what a half-done run read from earlier stages its place in a pipeline directory that was moved.
+
+    Its contents are the same: the fingerprint holds.
+    """
+    before, after = (json.dumps(str(each)).strip('"') for each in (old, root))
+    if old and before != after:
+        text = stored.read_text(encoding="utf-8")
+        write_text(stored, text.replace(f'"{before}/', f'"{after}/'))
 
 
 def _read_ledger(root: Path) -> dict[str, Any]:

@@ -112,6 +112,20 @@ def test_a_stop_in_any_stage_costs_nothing(
     assert not list((tmp_path / "b" / "run").glob("*.old-*"))
 
 
+def test_a_pipeline_stopped_in_a_stage_goes_on_where_it_was_moved(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(written(base, tmp_path, output="whole")) == 0
+    with monkeypatch.context() as stopping:
+        after_call(stopping, fit, "update", number=3, do=send_sigterm)
+        assert run(written(base, tmp_path, output="here")) == EXIT_INTERRUPTED
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert run(written(base, tmp_path, output="there")) == 0
+    whole, moved = (weights_of(tmp_path / name / "again") for name in ("whole", "there"))
+    assert all((whole[key] == moved[key]).all() for key in whole)
+    assert not (tmp_path / "there" / "again.old-1").exists()
+
+
 def test_a_pipeline_holds_its_directory(base: Base, tmp_path: Path) -> None:
     config = configure("pipeline", str(written(base, tmp_path)), [])
     with pipeline.hold_directory(tmp_path / "run"), pytest.raises(RunDirectoryError, match="another run is using"):
