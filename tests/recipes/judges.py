@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from typing import Any
+
+from fastrl.rewards import promises
 
 
 def digit_sum(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -25,6 +30,7 @@ def nothing(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [0.5] * len(completion_ids)
 
 
+@promises(whole_batch=True)
 def no_verdict_on_the_first_of_four(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
     """None, NaN and numbers, as a judge that sometimes abstains and sometimes breaks."""
     values: list[float | None] = [float(sum(ids) % 8) for ids in completion_ids]
@@ -43,3 +49,14 @@ def step_number(completions: list[Any], trainer_state: Any, **columns: Any) -> l
     assert trainer_state.global_step < trainer_state.max_steps
     assert trainer_state.epoch >= 0
     return [float(trainer_state.global_step)] * len(completions)
+
+
+@promises(per_item=True)
+def hangs_and_crashes(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """About a quarter of the calls never return, and a quarter take their process with them."""
+    for ids in completion_ids:
+        if sum(ids) % 4 == 0:
+            time.sleep(3600)
+        if sum(ids) % 4 == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return [float(sum(ids) % 8) for ids in completion_ids]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from fastrl.recipes import evaluate
 from fastrl.report import read_completions
-from fastrl.train.config import DataBlock, EvalConfig
+from fastrl.train.config import DataBlock, EvalConfig, RewardsBlock
 from tests.recipes.runs import Base
 
 JUDGE = "tests.recipes.judges"
@@ -64,14 +65,17 @@ def test_completions_without_a_verdict_are_left_out_and_a_failing_reward_is_show
     base: Base, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen = config(base, reward_funcs=(f"{JUDGE}:no_verdict_on_the_first_of_four",), data=DataBlock(max_rows=8))
-    assert evaluate.run(chosen) == 0
+    assert evaluate.run(chosen) == 1
+    assert "failed on more completions than rewards.max_error_rate allows" in capsys.readouterr().err
+    assert evaluate.run(replace(chosen, rewards=RewardsBlock(max_error_rate=0.125))) == 0
     printed = capsys.readouterr()
     assert "(n=5)" in printed.out  # of 8: two None, one NaN
     assert "no_verdict_on_the_first_of_four failed on 1 completions" in printed.err
 
 
 def test_a_reward_without_a_verdict_says_so_and_hides_no_other(base: Base, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate.run(config(base, reward_funcs=(f"{JUDGE}:broken", f"{JUDGE}:is_long"))) == 0
+    lenient = RewardsBlock(max_error_rate=1.0)
+    assert evaluate.run(config(base, reward_funcs=(f"{JUDGE}:broken", f"{JUDGE}:is_long"), rewards=lenient)) == 0
     printed = capsys.readouterr()
     assert "broken: no verdict on any completion" in printed.out
     assert "is_long: " in printed.out

@@ -13,8 +13,9 @@ import pytest
 from fastrl.recipes import grpo
 from fastrl.report import read_log
 from fastrl.train import update as update_module
-from fastrl.train.config import DataBlock, DynamicSamplingBlock, PackingBlock, RolloutBlock
+from fastrl.train.config import DataBlock, DynamicSamplingBlock, PackingBlock, RewardsBlock, RolloutBlock
 from fastrl.train.guards import NonFiniteError, NoVerdictError
+from fastrl.train.reward_workers import RewardErrorRateError
 from fastrl.types import LossOutput
 from tests.recipes.runs import Base, column, grpo_config, metrics_of, run_grpo
 
@@ -137,3 +138,21 @@ def test_a_judge_that_is_down_is_shown_at_once_and_stops_the_run_at_the_third_ro
 def test_rewards_see_how_far_the_run_is(base: Base, tmp_path: Path) -> None:
     lines = run_grpo(base, tmp_path / "run", reward_funcs=(f"{JUDGE}:step_number",), max_steps=3)
     assert column(lines, "rewards/step_number/mean") == [0.0, 1.0, 2.0]
+
+
+def test_a_reward_that_hangs_and_crashes_costs_its_completions_and_stops_the_run_above_a_rate(
+    base: Base, tmp_path: Path
+) -> None:
+    reward = (f"{JUDGE}:hangs_and_crashes",)
+    lenient = RewardsBlock(timeout_seconds=0.3, max_error_rate=1.0)
+    lines = run_grpo(base, tmp_path / "lenient", reward_funcs=reward, rewards=lenient)
+    rates = column(lines, "rewards/hangs_and_crashes/error_rate")
+    assert len(rates) == 4
+    assert all(0 < rate < 1 for rate in rates)
+    assert column(lines, "sampling/error_rate") == rates
+    errors = [error["message"] for error in read_log(tmp_path / "lenient" / "errors.jsonl")]
+    assert any("took longer than 0.3 seconds" in message or "killed by SIGKILL" in message for message in errors)
+    strict = replace(lenient, max_error_rate=0.02)
+    with pytest.raises(RewardErrorRateError, match=r"reward 'hangs_and_crashes' failed on .* in 3 steps in a row"):
+        run_grpo(base, tmp_path / "strict", reward_funcs=reward, rewards=strict)
+    assert [line["step"] for line in metrics_of(tmp_path / "strict")] == [1, 2, 3]

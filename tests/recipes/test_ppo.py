@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from fastrl.losses.kl import k1
 from fastrl.recipes import ppo
-from fastrl.train.config import KernelsBlock, PackingBlock
+from fastrl.train.config import KernelsBlock, PackingBlock, RewardsBlock
 from fastrl.train.guards import NonFiniteError, NoVerdictError
 from fastrl.train.interrupt import EXIT_INTERRUPTED
 from fastrl.train.ppo_round import Measures, measured_round, mini_batches
@@ -242,7 +242,7 @@ def test_numbers_that_are_not_finite_reach_neither_policy_nor_critic(
 
 def test_completions_without_a_verdict_train_nothing(base: Base, tmp_path: Path) -> None:
     reward = (f"{JUDGE}:no_verdict_on_the_first_of_four",)
-    lines = run_ppo(base, tmp_path / "run", reward_funcs=reward)
+    lines = run_ppo(base, tmp_path / "run", reward_funcs=reward, rewards=RewardsBlock(max_error_rate=1.0))
     assert set(column(lines, "sampling/error_rate")) == {3 / 8}
     assert all(math.isfinite(line["loss"]) for line in lines)
 

@@ -11,7 +11,7 @@ import pytest
 
 from fastrl.recipes import grpo, sft
 from fastrl.train import fit
-from fastrl.train.config import DynamicSamplingBlock
+from fastrl.train.config import DynamicSamplingBlock, RewardsBlock
 from fastrl.train.interrupt import EXIT_INTERRUPTED
 from fastrl.train.run_directory import RunDirectoryError
 from tests.recipes.runs import (
@@ -38,7 +38,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "dynamic_sampling": DynamicSamplingBlock(max_rounds=2),
     },
     "kl_in_reward": {"algorithm": "reinforce_pp", "adaptive_kl_target": 0.01},
-    "failing_judge": {"reward_funcs": (f"{JUDGE}:digit_sum", f"{JUDGE}:no_verdict_on_the_first_of_four")},
+    "failing_judge": {
+        "reward_funcs": (f"{JUDGE}:digit_sum", f"{JUDGE}:no_verdict_on_the_first_of_four"),
+        "rewards": RewardsBlock(max_error_rate=1.0),
+    },
     "sparse_log": {"logging_steps": 4, "save_steps": 2, "warmup_ratio": 0.5},
 }
 
