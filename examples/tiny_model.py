@@ -56,6 +56,11 @@ def make_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Any:
     return tokenizer
 
 
+def texts_of(content: str | Sequence[dict[str, Any]]) -> list[str]:
+    """A text, or the texts of a list of messages."""
+    return [content] if isinstance(content, str) else [message["content"] for message in content]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the model directory and say how large the model is."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -69,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     rows = read_rows(options.rows)
     tokenizer = make_tokenizer(
-        (text for row in rows for text in (row["prompt"], row.get("completion") or "")), vocab_size=options.vocab_size
+        (text for row in rows for name in ("prompt", "completion") for text in texts_of(row.get(name) or "")),
+        vocab_size=options.vocab_size,
     )
     model = make_tiny_qwen3(
         len(tokenizer),

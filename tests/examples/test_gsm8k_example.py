@@ -195,3 +195,10 @@ def test_the_whole_example_learns_within_ten_minutes_of_two_cores(workplace: Pat
     assert losses[-1] < losses[0] - 0.3
     found = [json.loads((folder / f"eval-{name}" / "eval.json").read_text()) for name in ("sft", "grpo")]
     assert found[1]["answer_line"]["mean"] > found[0]["answer_line"]["mean"] + 0.1
+
+
+def test_the_tiny_model_is_made_from_rows_of_messages_too(load, tmp_path: Path):
+    message = '[{"role": "user", "content": "one and one"}]'
+    (tmp_path / "rows.jsonl").write_text(f'{{"prompt": {message}, "completion": {message}}}\n')
+    load("tiny_model.py").main([str(tmp_path / "rows.jsonl"), str(tmp_path / "base"), "--hidden_size", "32"])
+    assert (tmp_path / "base" / "model.safetensors").is_file()
