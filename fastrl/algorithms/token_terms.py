@@ -20,6 +20,8 @@ from fastrl.types import TokenBatch
 if TYPE_CHECKING:
     from fastrl.algorithms.policy_gradient import PolicyGradient
 
+TAIL = 0.6931471805599453  # log 2: a token whose probability halved or doubled since it was sampled
+
 
 @dataclass(frozen=True, slots=True)
 class Shared:
@@ -114,6 +116,7 @@ def token_metrics(
     found = {
         "entropy": entropy,
         "ratio": log_ratio.exp(),
+        "ratio_tail": log_ratio.abs() > TAIL,
         "approx_kl": k3(old, logprob),  # samples are the old policy's: KL(old || now)
         "clip_ratio/low_mean": blocked & (batch.advantage < 0) & (log_ratio < 0),
         "clip_ratio/high_mean": blocked & (batch.advantage > 0) & (log_ratio > 0),

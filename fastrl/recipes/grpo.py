@@ -16,14 +16,17 @@ from torch import Tensor
 
 from fastrl.algorithms.control import AdaptiveKL, adapted, exceeds_target_kl
 from fastrl.algorithms.policy_gradient import PolicyGradient
+from fastrl.losses.advantage import multi_objective
 from fastrl.report.completions import samples_of
 from fastrl.report.journal import Journal
 from fastrl.report.preview import completion_rows, print_table
 from fastrl.rewards.resolve import resolve_rewards
 from fastrl.train.algorithm import algorithm_from
-from fastrl.train.collect import Experience, TrainerState, collect, collect_round
+from fastrl.train.attend import attended
+from fastrl.train.collect import Experience, TrainerState, collect, collect_round, reward_columns
 from fastrl.train.config import GRPOConfig
 from fastrl.train.contents import contents_of
+from fastrl.train.curriculum import weight_metrics
 from fastrl.train.device import peak_gib
 from fastrl.train.estimate import estimate_by_group
 from fastrl.train.experience_metrics import experience_metrics
@@ -31,7 +34,7 @@ from fastrl.train.export import save_pretrained
 from fastrl.train.from_config import journal_of, model_of, tokenizer_of
 from fastrl.train.guards import check_probability_error, check_verdicts
 from fastrl.train.interrupt import EXIT_INTERRUPTED
-from fastrl.train.policy_setup import Setup, prompts_of, sampler_of, set_up
+from fastrl.train.policy_setup import Setup, prompts_of, sampler_at, sampler_of, set_up
 from fastrl.train.prepare import StepSequences, cut_into_steps, prepare
 from fastrl.train.provenance import write_environment
 from fastrl.train.reward_workers import check_error_rates
@@ -63,8 +66,9 @@ def run(config: GRPOConfig) -> int:
                 first, started = progress.step, perf_counter()
                 setup.sampler.engine.load_weights(setup.policy, progress.step)
                 synced = perf_counter() - started
+                sampler = sampler_at(setup.sampler, config, progress)
                 experience, ordinal = collect_round(
-                    setup.sampler,
+                    sampler,
                     setup.prompts,
                     first_ordinal=progress.ordinal,
                     groups=setup.groups,
@@ -84,6 +88,8 @@ def run(config: GRPOConfig) -> int:
                 failing = check_error_rates(experience.scores, failing, config.rewards)
                 if setup.held_out and (is_last or _crossed(first, progress.step, config.eval_steps)):
                     evaluate(setup, journal, progress)
+                beta = 0.0 if setup.algorithm.kl is None else setup.algorithm.kl.coef
+                progress = attended(config, directory, journal, progress, states, kl_coef=beta)
                 if is_last or directory.interrupted() or _crossed(first, progress.step, config.save_steps):
                     save(directory, progress, states, journal.offsets(), keep=config.save_total_limit)
                 if directory.interrupted():
@@ -124,7 +130,11 @@ def dry_run(config: GRPOConfig) -> int:
 def learn(config: GRPOConfig, setup: Setup, journal: Journal, experience: Experience, progress: Progress) -> Progress:
     """Take the optimizer steps of one round and log them; return the progress after them."""
     algorithm = _steered(setup.algorithm, progress)
+    rewards = sampler_at(setup.sampler, config, progress).rewards
     advantage = algorithm.advantage(experience.reward, experience.group)
+    if config.multi_objective_aggregation == "normalize_then_sum":
+        weights = torch.tensor([reward.weight for reward in rewards])
+        advantage = multi_objective(reward_columns(experience), experience.group, weights)
     started = perf_counter()
     steps = cut_into_steps(
         algorithm,
@@ -145,6 +155,7 @@ def learn(config: GRPOConfig, setup: Setup, journal: Journal, experience: Experi
         "epoch": progress.ordinal / len(setup.prompts),
         "num_tokens": progress.num_tokens,
     }
+    of_round |= weight_metrics(rewards, config.reward_schedule)
     samples = samples_of(
         [prompt.prompt for prompt in experience.prompts],
         experience.completions,
@@ -233,7 +244,7 @@ def _advanced(
 
 
 def _learning_rate(config: GRPOConfig, setup: Setup, progress: Progress) -> float:
-    return learning_rate_at(
+    return progress.lr_scale * learning_rate_at(
         progress.step,
         peak=config.learning_rate,
         kind=config.lr_scheduler_type,

@@ -22,9 +22,11 @@ from fastrl.report.journal import Journal
 from fastrl.rewards.protocol import Reward
 from fastrl.rewards.resolve import resolve_rewards
 from fastrl.rollout.builtin import context_length
+from fastrl.train.attend import attended
 from fastrl.train.collect import Experience, Sampler, TrainerState, collect, collect_round
 from fastrl.train.config import OnlineDPOConfig
 from fastrl.train.contents import contents_of
+from fastrl.train.curriculum import weight_metrics
 from fastrl.train.device import check_backend, compute_dtype, peak_gib, pick_device
 from fastrl.train.estimate import estimate_by_group
 from fastrl.train.experience_metrics import experience_metrics
@@ -36,7 +38,7 @@ from fastrl.train.model_reward import ModelReward
 from fastrl.train.online_pairs import best_and_worst
 from fastrl.train.optimizer import MasterAdamW
 from fastrl.train.pairs import halves, n_tokens, pack_pairs, pair_metrics, pair_scores
-from fastrl.train.policy_setup import check_lengths, prompts_of, sampler_of
+from fastrl.train.policy_setup import check_lengths, prompts_of, sampler_at, sampler_of
 from fastrl.train.prompts import Prompt
 from fastrl.train.provenance import write_environment
 from fastrl.train.reference import Reference, live_reference
@@ -99,7 +101,7 @@ def run(config: OnlineDPOConfig) -> int:
             while progress.step < setup.total_steps:
                 setup.sampler.engine.load_weights(setup.policy, progress.step)
                 experience, ordinal = collect_round(
-                    setup.sampler,
+                    sampler_at(setup.sampler, config, progress),
                     setup.prompts,
                     first_ordinal=progress.ordinal,
                     groups=setup.groups,
@@ -118,6 +120,7 @@ def run(config: OnlineDPOConfig) -> int:
                 failing = check_error_rates(experience.scores, failing, config.rewards)
                 if setup.held_out and (is_last or (config.eval_steps and progress.step % config.eval_steps == 0)):
                     evaluate(setup, journal, progress)
+                progress = attended(config, directory, journal, progress, states, kl_coef=config.beta)
                 if is_last or directory.interrupted() or progress.step % config.save_steps == 0:
                     save(directory, progress, states, journal.offsets(), keep=config.save_total_limit)
                 if directory.interrupted():
@@ -177,16 +180,19 @@ def learn(
 ) -> Progress:
     """Take the optimizer step of one round and log it; return the progress after it."""
     started = perf_counter()
+    rewards = sampler_at(setup.sampler, config, progress).rewards
+    beta = config.beta if progress.kl_coef is None else progress.kl_coef
     reward = penalised(config, experience)
     paired = best_and_worst(experience.rollouts, reward, experience.group)
     n_sampled = sum(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in experience.rollouts)
     ref = setup.reference.logprob([example for pair in paired.pairs for example in (pair.chosen, pair.rejected)])
     metrics = update(
         setup.optimizer,
-        online_batch_loss(setup.policy, config, ref),
+        online_batch_loss(setup.policy, replace(config, beta=beta), ref),
         pack_pairs(paired.pairs, token_budget=config.packing.token_budget, device=setup.policy.device),
         config,
-        lr=learning_rate_at(
+        lr=progress.lr_scale
+        * learning_rate_at(
             progress.step,
             peak=config.learning_rate,
             kind=config.lr_scheduler_type,
@@ -210,6 +216,7 @@ def learn(
         "tokens_per_second": n_tokens(paired.pairs) / seconds,
         "memory/peak_gib": peak_gib(setup.policy.device),
     }
+    metrics |= weight_metrics(rewards, config.reward_schedule)
     if paired.pairs:
         metrics["objective/scores_margin"] = sum(paired.margins) / len(paired.margins)
     samples = samples_of(

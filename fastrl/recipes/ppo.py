@@ -19,9 +19,11 @@ from fastrl.report.completions import samples_of
 from fastrl.report.journal import Journal
 from fastrl.report.preview import completion_rows, print_table
 from fastrl.train.algorithm import ESTIMATORS
+from fastrl.train.attend import attended
 from fastrl.train.collect import Experience, TrainerState, collect, collect_round
 from fastrl.train.config import PPOConfig
 from fastrl.train.contents import contents_of
+from fastrl.train.curriculum import weight_metrics
 from fastrl.train.device import peak_gib
 from fastrl.train.estimate import estimate_by_group
 from fastrl.train.experience_metrics import experience_metrics
@@ -29,6 +31,7 @@ from fastrl.train.export import save_pretrained
 from fastrl.train.from_config import journal_of, tokenizer_of
 from fastrl.train.guards import check_probability_error, check_verdicts
 from fastrl.train.interrupt import EXIT_INTERRUPTED
+from fastrl.train.policy_setup import sampler_at
 from fastrl.train.ppo_roles import print_roles
 from fastrl.train.ppo_round import Measures, Round, measured_round, mini_batches, shaped_scores
 from fastrl.train.ppo_setup import Setup, pretrain_batches, set_up, states_of
@@ -64,7 +67,7 @@ def run(config: PPOConfig) -> int:
                 setup.sampler.engine.load_weights(policy, progress.step)
                 synced = perf_counter() - started
                 experience, ordinal = collect_round(
-                    setup.sampler,
+                    sampler_at(setup.sampler, config, progress),
                     setup.prompts,
                     first_ordinal=progress.ordinal,
                     groups=setup.groups,
@@ -84,6 +87,7 @@ def run(config: PPOConfig) -> int:
                 failing = check_error_rates(experience.scores, failing, config.rewards)
                 if setup.held_out and (is_last or _crossed(first, progress.step, config.eval_steps)):
                     evaluate(setup, journal, progress)
+                progress = attended(config, directory, journal, progress, states, kl_coef=config.kl_coef)
                 if is_last or directory.interrupted() or _crossed(first, progress.step, config.save_steps):
                     save(directory, progress, states, journal.offsets(), keep=config.save_total_limit)
                 if directory.interrupted():
@@ -130,6 +134,7 @@ def learn(
         The progress after them.
     """
     started = perf_counter()
+    rewards = sampler_at(setup.sampler, config, progress).rewards
     found = measured(config, setup, experience, progress)
     experience = replace(experience, seconds=experience.seconds | {"measure": perf_counter() - started})
     steps = [
@@ -151,6 +156,7 @@ def learn(
         "epoch": ordinal / len(setup.prompts),
         "num_tokens": progress.num_tokens,
     }
+    of_round |= weight_metrics(rewards, config.reward_schedule)
     samples = samples_of(
         [prompt.prompt for prompt in experience.prompts],
         experience.completions,
@@ -161,7 +167,7 @@ def learn(
     journal.write_errors(progress.step + 1, experience.scores.errors)
     for index, part in enumerate(steps):
         started = perf_counter()
-        metrics = take_step(config, setup, part, step=progress.step)
+        metrics = take_step(config, setup, part, step=progress.step, lr_scale=progress.lr_scale)
         if index == 0 and not metrics["skipped_step"] and _draws_from_the_policy(config):
             check_probability_error(metrics["sampling/probability_error"], step=progress.step + 1)
         progress = replace(progress, step=progress.step + 1)
@@ -198,21 +204,24 @@ def measured(config: PPOConfig, setup: Setup, experience: Experience, progress: 
     )
 
 
-def take_step(config: PPOConfig, setup: Setup, part: list[TokenSequence], *, step: int) -> dict[str, float]:
+def take_step(
+    config: PPOConfig, setup: Setup, part: list[TokenSequence], *, step: int, lr_scale: float = 1.0
+) -> dict[str, float]:
     """One optimizer step of the policy and one of the critic on a mini-batch, each behind its own finite-number guard.
 
     Args:
         part: sequences of the mini-batch; empty ones leave everything alone.
         step: optimizer steps taken before.
+        lr_scale: factor of both learning rates that signals have left.
     """
     roles = setup.roles
     batches = pack(part, token_budget=config.packing.token_budget, device=roles.policy.device)
     text = pretrain_batches(config, setup, step=step) if part else []
-    rate = _learning_rate(config, setup, step, peak=config.learning_rate)
+    rate = lr_scale * _learning_rate(config, setup, step, peak=config.learning_rate)
     metrics = update(roles.optimizer, setup.policy_loss, [*batches, *text], config, lr=rate, step=step + 1)
     if setup.value_loss is not None and roles.critic_optimizer is not None:
         peak = config.learning_rate if config.value_learning_rate is None else config.value_learning_rate
-        value_rate = _learning_rate(config, setup, step, peak=peak)
+        value_rate = lr_scale * _learning_rate(config, setup, step, peak=peak)
         critic = update(roles.critic_optimizer, setup.value_loss, batches, config, lr=value_rate, step=step + 1)
         loss = critic.pop("loss")
         metrics |= {name if "/" in name else f"critic/{name}": value for name, value in critic.items()}

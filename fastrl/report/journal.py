@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from fastrl.report.completions import CompletionSample, CompletionsLog
+from fastrl.report.history import History
 from fastrl.report.html import write_report
-from fastrl.report.log import COMPLETIONS_FILE, ERRORS_FILE, METRICS_FILE, JsonLines, MetricsLog, log_errors
+from fastrl.report.log import (
+    COMPLETIONS_FILE,
+    ERRORS_FILE,
+    METRICS_FILE,
+    SIGNALS_FILE,
+    JsonLines,
+    MetricsLog,
+    log_errors,
+    read_log,
+)
 from fastrl.report.panel import Panel
+from fastrl.report.signals import DETECTORS, Signal
 from fastrl.report.trackers import open_tracker
 from fastrl.rewards.score import RewardError
 
@@ -26,6 +38,10 @@ class Journal:
         live: draw the panel on a terminal.
         trackers: names for `open_tracker`.
         config: stored by the trackers.
+
+    Attributes:
+        history: curves of the metrics written so far, for detectors.
+        last_signals: detector -> step at which it last fired.
     """
 
     def __init__(
@@ -42,6 +58,9 @@ class Journal:
         self._metrics = MetricsLog(run_dir / METRICS_FILE)
         self._completions = CompletionsLog(run_dir / COMPLETIONS_FILE)
         self._errors = JsonLines(run_dir / ERRORS_FILE)
+        self._signals = JsonLines(run_dir / SIGNALS_FILE)
+        self.history = History()
+        self.last_signals: dict[str, int] = {}
         self._trackers = [open_tracker(name, run_dir, config) for name in trackers]
         self._shown_errors: set[str] = set()
         self._panel = Panel(title, total_steps=total_steps, live=live)
@@ -56,6 +75,7 @@ class Journal:
     ) -> None:
         """Log one step: always to metrics.jsonl, and everywhere else when it is shown."""
         self._metrics.write(step, metrics)
+        self.history.add(step, metrics)
         if not is_shown:
             return
         if samples:
@@ -76,12 +96,23 @@ class Journal:
                     file=sys.stderr,
                 )
 
+    def write_signal(self, signal: Signal, action: str) -> None:
+        """Log a detector that fired and what was done about it; it goes to standard error too."""
+        self._signals.append(asdict(signal) | {"action": action})
+        self.last_signals[signal.name] = signal.step
+        causes = "; ".join(DETECTORS[signal.name].causes)
+        print(
+            f"step {signal.step}: {signal.name}: {signal.text}. Action: {action}. Possible causes: {causes}.",
+            file=sys.stderr,
+        )
+
     def offsets(self) -> dict[str, int]:
         """Return the lengths of the files, for a checkpoint; what they count is on the disk."""
         return {
             METRICS_FILE: self._metrics.offset,
             COMPLETIONS_FILE: self._completions.offset,
             ERRORS_FILE: self._errors.offset,
+            SIGNALS_FILE: self._signals.offset,
         }
 
     def truncate_to(self, offsets: Mapping[str, int]) -> None:
@@ -89,11 +120,16 @@ class Journal:
         self._metrics.truncate_to(offsets.get(METRICS_FILE, 0))
         self._completions.truncate_to(offsets.get(COMPLETIONS_FILE, 0))
         self._errors.truncate_to(offsets.get(ERRORS_FILE, 0))
+        self._signals.truncate_to(offsets.get(SIGNALS_FILE, 0))
+        self.history = History()
+        for line in read_log(self.run_dir / METRICS_FILE):
+            self.history.add(line["step"], {name: x for name, x in line.items() if name not in ("step", "time")})
+        self.last_signals = {line["name"]: line["step"] for line in read_log(self.run_dir / SIGNALS_FILE)}
 
     def close(self) -> None:
         """Close the files, give the terminal back and, when a step was logged, write the HTML report."""
         self._panel.close()
-        for file in (self._metrics, self._completions, self._errors):
+        for file in (self._metrics, self._completions, self._errors, self._signals):
             file.close()
         if (self.run_dir / METRICS_FILE).stat().st_size > 0:
             write_report(self.run_dir)

@@ -1,7 +1,8 @@
 """What a run writes down: JSON-lines files that survive a kill and can be cut back to a checkpoint.
 
 A run directory holds `metrics.jsonl` (one line per logged step, TRL's metric names), `completions.jsonl` (samples),
-`errors.jsonl` (failures of rewards), `run.json` (the configuration), `environment.json`, and what the checkpoints need.
+`errors.jsonl` (failures of rewards), `signals.jsonl` (detectors that fired), `run.json` (the configuration),
+`environment.json`, and what the checkpoints need.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fastrl.rewards import RewardError
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
 ERRORS_FILE = "errors.jsonl"
+SIGNALS_FILE = "signals.jsonl"
 CONFIG_FILE = "run.json"
 ENVIRONMENT_FILE = "environment.json"
 

@@ -1,6 +1,6 @@
 """Score a batch with several rewards: weighted sum, exclusions, counted errors, metrics under TRL's names.
 
-    total[s] = sum over rewards r that judged s of weight_r value_r[s]
+    total[s] = sum over rewards r that judged s of weight_r counted_r[s],    counted = value, or 0 where a gate is shut
 
 None where no reward judged s (TRL's rule), and where any reward failed on s: a failure is never a reward.
 """
@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fastrl.rewards.call import Fault, Judgement, call_rewards
+from fastrl.rewards.correlation import correlation_metrics
+from fastrl.rewards.gates import Gate, check_gates, gated
 from fastrl.rewards.protocol import STANDARD_INPUTS, Reward
 from fastrl.rewards.workers import RewardWorkers
 
@@ -40,9 +42,11 @@ class Scores:
         values: [R][S] what each reward said, unweighted; None where it did not judge or failed.
         total: [S] weighted sum; None means "leave this item out of the batch".
         errors: reward name -> its failures; rewards without a failure are absent.
-        metrics: `rewards/<name>/{mean,std,error_rate}`, `reward`, `reward_std` (over the items with a total), and
-            what the functions logged. Deviations are the sample's (n - 1). A statistic of too few values is absent.
+        metrics: `rewards/<name>/{mean,std,error_rate}`, `reward`, `reward_std` (over the items with a total),
+            `rewards/correlation/*`, and what the functions logged. Deviations are the sample's (n - 1). A statistic of
+            too few values is absent.
         extra: column name -> [S] values for the completions log, from `log_extra`.
+        counted: [R][S] `values` after the gates: what enters the sum.
     """
 
     values: tuple[tuple[float | None, ...], ...]
@@ -50,6 +54,7 @@ class Scores:
     errors: Mapping[str, RewardError]
     metrics: Mapping[str, float]
     extra: Mapping[str, Sequence[object]]
+    counted: tuple[tuple[float | None, ...], ...] = ()
 
 
 def score(
@@ -61,6 +66,7 @@ def score(
     *,
     trainer_state: object = None,
     workers: RewardWorkers | None = None,
+    gates: Sequence[Gate] = (),
 ) -> Scores:
     """Judge S completions with every reward.
 
@@ -73,14 +79,18 @@ def score(
             as TRL does.
         trainer_state: handed to functions that ask for it.
         workers: processes that judge; None judges everything in this one, without time limits.
+        gates: which rewards count only where another one holds.
 
     Raises:
-        ValueError: lengths differ, a column has the name of a standard input, two rewards share a name.
+        ValueError: lengths differ, a column has the name of a standard input, two rewards share a name, or a gate
+            names a reward that is not there.
     """
     data = {name: column for name, column in columns.items() if name not in _RENAMED_COLUMNS}
     _check(rewards, prompts, completions, completion_ids, data)
+    names = [reward.name for reward in rewards]
+    check_gates(gates, names)
     if not completions:
-        return Scores(((),) * len(rewards), (), {}, {}, {})
+        return Scores(((),) * len(rewards), (), {}, {}, {}, ((),) * len(rewards))
     inputs = {
         "prompts": list(prompts),
         "completions": list(completions),
@@ -95,13 +105,20 @@ def score(
     values = tuple(
         tuple(None if isinstance(value, Fault) else value for value in judgement.values) for judgement in judgements
     )
-    total = tuple(_total(rewards, [judgement.values[s] for judgement in judgements]) for s in range(len(completions)))
+    counted = gated(values, names, gates)
+    failed = [any(isinstance(judgement.values[s], Fault) for judgement in judgements) for s in range(len(completions))]
+    total = tuple(
+        None if failed[s] else _total(rewards, [column[s] for column in counted]) for s in range(len(completions))
+    )
+    lengths = [len(ids) for ids in completion_ids]
     return Scores(
         values=values,
         total=total,
         errors=_errors(rewards, judgements),
-        metrics=_metrics(rewards, judgements, total),
+        metrics=_metrics(rewards, judgements, total)
+        | correlation_metrics(dict(zip(names, values, strict=True)), total, lengths),
         extra={column: found for judgement in judgements for column, found in judgement.extra.items()},
+        counted=counted,
     )
 
 
@@ -126,15 +143,11 @@ def _check(
             raise ValueError(f"a data column cannot be called {name!r}: reward functions get something else under it")
 
 
-def _total(rewards: Sequence[Reward], item: Sequence[float | Fault | None]) -> float | None:
-    """The weighted sum of one item's values; None when none judged it or one failed."""
-    if any(isinstance(value, Fault) for value in item) or all(value is None for value in item):
+def _total(rewards: Sequence[Reward], item: Sequence[float | None]) -> float | None:
+    """The weighted sum of one item's values; None when none judged it."""
+    if all(value is None for value in item):
         return None
-    return math.fsum(
-        reward.weight * value
-        for reward, value in zip(rewards, item, strict=True)
-        if value is not None and not isinstance(value, Fault)
-    )
+    return math.fsum(reward.weight * value for reward, value in zip(rewards, item, strict=True) if value is not None)
 
 
 def _errors(rewards: Sequence[Reward], judgements: Sequence[Judgement]) -> dict[str, RewardError]:

@@ -117,6 +117,21 @@ def newest_checkpoint(run_dir: str | Path) -> Path | None:
     return None
 
 
+def set_aside_from(run_dir: str | Path, step: int) -> bool:
+    """Rename the checkpoints of `step` and later to `checkpoint-N.rolled-back`, the newest first.
+
+    Returns:
+        Whether an earlier checkpoint is left; without one, nothing is renamed.
+    """
+    found = _checkpoints(Path(run_dir))
+    if not any(number < step for number, _ in found):
+        return False
+    for number, path in found:
+        if number >= step:
+            _set_aside(path, "rolled-back")
+    return True
+
+
 def resume_point(run_dir: str | Path, resume: str | None) -> Path | None:
     """The checkpoint `--resume` means: "auto" is the newest whole one if any, else a path; None starts afresh.
 
@@ -187,11 +202,11 @@ def _checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def _set_aside(path: Path) -> None:
-    target = path.with_name(f"{path.name}.corrupt")
+def _set_aside(path: Path, reason: str = "corrupt") -> None:
+    target = path.with_name(f"{path.name}.{reason}")
     number = 2
     while target.exists():
-        target = path.with_name(f"{path.name}.corrupt{number}")
+        target = path.with_name(f"{path.name}.{reason}{number}")
         number += 1
     path.rename(target)
     sync(path.parent)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastrl.algorithms.dynamic_sampling import Rounds, after_round, groups_with_signal, missing
 from fastrl.losses.overlong import soft_overlong
+from fastrl.rewards.gates import Gate
 from fastrl.rewards.protocol import Reward
 from fastrl.rewards.score import RewardError, Scores, score
 from fastrl.rewards.workers import RewardWorkers
@@ -37,6 +38,7 @@ class Sampler:
         seed: of the run; with a prompt's ordinal and the sample's number it fixes a completion.
         overlong: soft punishment added to the reward; a buffer of 0 adds none.
         workers: processes that judge; None judges in this one.
+        gates: which rewards count only where another one holds.
     """
 
     engine: Engine
@@ -47,6 +49,7 @@ class Sampler:
     seed: int
     overlong: OverlongBlock
     workers: RewardWorkers | None = None
+    gates: tuple[Gate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +160,16 @@ def collect_round(
             return _joined(found), ordinal
 
 
+def reward_columns(experience: Experience) -> Tensor:
+    """[S, R] f32 what each reward counts for each completion, after the gates; NaN where it did not judge.
+
+    A completion without a verdict (a reward failed on it, or the engine did) is NaN in every column.
+    """
+    columns = [[torch.nan if value is None else value for value in column] for column in experience.scores.counted]
+    found = torch.tensor(columns, dtype=torch.float32).T
+    return torch.where(experience.reward.isfinite()[:, None], found, torch.nan)
+
+
 def _completion(prompt: Prompt, text: str) -> Any:
     return text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}]
 
@@ -179,12 +192,14 @@ def _judged(
         columns_of(whole),
         trainer_state=state,
         workers=sampler.workers,
+        gates=sampler.gates,
     )
     return replace(
         scores,
         values=tuple(_spread(values, is_whole) for values in scores.values),
         total=_spread(scores.total, is_whole),
         extra={name: _spread(column, is_whole) for name, column in scores.extra.items()},
+        counted=tuple(_spread(values, is_whole) for values in scores.counted),
     )
 
 
@@ -222,6 +237,7 @@ def _selected(experience: Experience, is_kept: Tensor) -> Experience:
             values=tuple(tuple(compress(values, kept)) for values in scores.values),
             total=tuple(compress(scores.total, kept)),
             extra={name: list(compress(column, kept)) for name, column in scores.extra.items()},
+            counted=tuple(tuple(compress(values, kept)) for values in scores.counted),
         ),
     )
 
@@ -250,10 +266,7 @@ def _joined_scores(parts: Sequence[Experience]) -> Scores:
         earlier = errors.get(name)
         errors[name] = error if earlier is None else RewardError(earlier.count + error.count, earlier.first)
     return Scores(
-        values=tuple(
-            tuple(value for values in column for value in values)
-            for column in zip(*(scores.values for scores in all_scores), strict=True)
-        ),
+        values=_end_to_end([scores.values for scores in all_scores]),
         total=tuple(total for scores in all_scores for total in scores.total),
         errors=errors,
         metrics={name: _drawn_mean(name, parts) for name in names},
@@ -261,7 +274,13 @@ def _joined_scores(parts: Sequence[Experience]) -> Scores:
             name: [value for part in parts for value in part.scores.extra.get(name, [None] * len(part.scores.total))]
             for name in extras
         },
+        counted=_end_to_end([scores.counted for scores in all_scores]),
     )
+
+
+def _end_to_end(parts: Sequence[tuple[tuple[float | None, ...], ...]]) -> tuple[tuple[float | None, ...], ...]:
+    """[R][S] of several rounds, one after another."""
+    return tuple(tuple(value for values in column for value in values) for column in zip(*parts, strict=True))
 
 
 def _drawn_mean(name: str, parts: Sequence[Experience]) -> float:

@@ -13,6 +13,8 @@ def experience_metrics(experience: Experience, *, updates: int) -> dict[str, flo
 
     `reward_std` is the sample deviation over the round, and `frac_reward_zero_std` the share of completions in groups
     whose rewards are all equal, as TRL logs them. Completions without a verdict count in neither.
+    `completions/duplicates` is the share of completions, each group's first left out, that repeat an earlier one of
+    their group token for token: 1 when each group says one thing only; absent where groups have one completion.
 
     Args:
         updates: optimizer steps that the round is learned in; each is charged an equal share of the round's seconds.
@@ -38,6 +40,9 @@ def experience_metrics(experience: Experience, *, updates: int) -> dict[str, flo
     if bool(is_stopped.any()):
         metrics |= _lengths("completions", "_terminated", lengths[is_stopped])
     n_groups = len(experience.group.unique())
+    if len(lengths) > n_groups:
+        said = set(zip(experience.group.tolist(), (each.completion_ids for each in experience.rollouts), strict=True))
+        metrics["completions/duplicates"] = (len(lengths) - len(said)) / (len(lengths) - n_groups)
     metrics["dynamic_sampling/waste"] = 1 - n_groups / experience.n_drawn
     return metrics | {f"time/{name}": seconds / updates for name, seconds in experience.seconds.items()}
 

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrl.algorithms.policy_gradient import PolicyGradient
+from fastrl.rewards.gates import check_gates, gates_from
 from fastrl.rewards.protocol import Reward
 from fastrl.rewards.resolve import resolve_rewards
 from fastrl.rollout.builtin import BuiltinEngine, context_length
 from fastrl.rollout.engine import Sampling
+from fastrl.rollout.seeds import request_seed
 from fastrl.train.algorithm import algorithm_from
 from fastrl.train.collect import Sampler
 from fastrl.train.config import GRPOConfig, OnPolicyConfig
+from fastrl.train.curriculum import check_schedule, scheduled
 from fastrl.train.device import check_backend, pick_device
 from fastrl.train.from_config import model_of, optimizer_of, reference_of
 from fastrl.train.learned_rewards import loaded
 from fastrl.train.optimizer import MasterAdamW
 from fastrl.train.prompts import Prompt, load_prompts
 from fastrl.train.reward_workers import workers_of
+from fastrl.train.snapshot import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,14 @@ def prompts_of(
 def sampler_of(
     config: OnPolicyConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rewards: Sequence[Reward]
 ) -> Sampler:
-    """Return what samples from the policy and judges its completions."""
+    """Return what samples from the policy and judges its completions.
+
+    Raises:
+        ValueError: a gate or a schedule of a reward that the run does not have.
+    """
+    gates, names = gates_from(config.reward_gates), [reward.name for reward in rewards]
+    check_gates(gates, names)
+    check_schedule(config.reward_schedule, names)
     return Sampler(
         engine=BuiltinEngine(policy, tokenizer, batch_size=config.rollout.batch_size),
         decode=partial(tokenizer.decode, skip_special_tokens=True),
@@ -123,7 +134,14 @@ def sampler_of(
         seed=config.seed,
         overlong=config.overlong,
         workers=workers_of(config.rewards),
+        gates=gates,
     )
+
+
+def sampler_at(sampler: Sampler, config: OnPolicyConfig, progress: Progress) -> Sampler:
+    """The sampler of a moment: with the weights of the curriculum, and after a rollback with another seed."""
+    seed = sampler.seed if progress.rollbacks == 0 else request_seed(sampler.seed, progress.rollbacks, 0)
+    return replace(sampler, rewards=scheduled(sampler.rewards, config.reward_schedule, progress.step), seed=seed)
 
 
 def check_lengths(config: OnPolicyConfig, prompts: Sequence[Prompt], *, context: int) -> None:

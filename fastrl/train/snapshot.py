@@ -33,13 +33,17 @@ class Progress:
         ordinal: prompts drawn, counted over all epochs; SFT derives its rows from the step.
         num_tokens: tokens of the prompts and completions, or of the rows, trained on so far; each counts once
             however often it is fed.
-        kl_coef: adaptive KL coefficient; None when it is fixed.
+        kl_coef: KL coefficient of this moment, adaptive or raised by a signal; None while it is the configured one.
+        lr_scale: factor of the learning rate that signals have left.
+        rollbacks: times a signal has taken the run back; each continues with another seed.
     """
 
     step: int = 0
     ordinal: int = 0
     num_tokens: int = 0
     kl_coef: float | None = None
+    lr_scale: float = 1.0
+    rollbacks: int = 0
 
 
 def save(

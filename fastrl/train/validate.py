@@ -23,6 +23,7 @@ from fastrl.train.config import (
     InferenceConfig,
     KTOConfig,
     OnlineDPOConfig,
+    OnPolicyConfig,
     ORPOConfig,
     OverlongBlock,
     PPOConfig,
@@ -51,6 +52,7 @@ from fastrl.train.validate_preference import (
 from fastrl.train.validate_ranges import range_problems
 from fastrl.train.validate_reward_model import prm_problems, reward_problems
 from fastrl.train.validate_rewards import reward_problem
+from fastrl.train.validate_signals import aggregation_problems, composition_problems, signal_problems
 
 Problems = Iterator[str]
 
@@ -296,7 +298,10 @@ RULES: tuple[tuple[type, Callable[[Any], Problems]], ...] = (
     (TrainConfig, _train),
     (TrainConfig, lora_problems),
     (SFTConfig, _sft),
+    (OnPolicyConfig, composition_problems),
+    (OnPolicyConfig, signal_problems),
     (GRPOConfig, _grpo),
+    (GRPOConfig, aggregation_problems),
     (PPOConfig, ppo_problems),
     (PreferenceConfig, preference_problems),
     (ReferenceConfig, reference_problems),

@@ -60,3 +60,10 @@ def hangs_and_crashes(completion_ids: list[list[int]], **_: Any) -> list[float]:
         if sum(ids) % 4 == 1:
             os.kill(os.getpid(), signal.SIGKILL)
     return [float(sum(ids) % 8) for ids in completion_ids]
+
+
+def falls_silent(completions: list[Any], trainer_state: Any, **_: Any) -> list[float]:
+    """The number of characters in the first two steps, then nothing that tells completions apart."""
+    if trainer_state.global_step < 2:
+        return [float(len(completion[-1]["content"])) for completion in completions]
+    return [0.5] * len(completions)

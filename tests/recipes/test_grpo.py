@@ -108,7 +108,8 @@ def test_metrics_have_the_names_of_trl(base: Base, tmp_path: Path) -> None:
         loss grad_norm learning_rate num_tokens epoch step_time"""
     ours = """rewards/digit_sum/error_rate sampling/error_rate sampling/probability_error ratio approx_kl
         time/rollout time/reward time/logprob time/train time/sync tokens_per_second memory/peak_gib
-        skipped_step trained_sequences dynamic_sampling/waste"""
+        skipped_step trained_sequences dynamic_sampling/waste ratio_tail completions/duplicates
+        rewards/correlation/digit_sum/length rewards/correlation/reward/length"""
     assert lines[0].keys() == {"step", "time", *of_trl.split(), *ours.split()}
     assert all(math.isfinite(value) for line in lines for value in line.values())
     assert column(lines, "eval/reward") != []

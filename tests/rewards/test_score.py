@@ -43,7 +43,7 @@ def test_an_item_that_no_reward_judges_is_excluded_not_zero():
 
 def test_metrics_have_trls_names_and_values():
     metrics = judge(Reward(characters), Reward(returns([0.0, None, 4.0]), 1.0, "half")).metrics
-    assert metrics == {
+    assert {name: value for name, value in metrics.items() if "correlation" not in name} == {
         "rewards/characters/mean": 2.0,
         "rewards/characters/std": 1.0,  # of 1, 2, 3 with n - 1
         "rewards/characters/error_rate": 0.0,

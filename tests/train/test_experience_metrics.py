@@ -55,6 +55,14 @@ def test_rewards_groups_and_lengths_of_a_round() -> None:
     assert metrics["rewards/judge/mean"] == 0.5
 
 
+def test_duplicates_are_counted_inside_groups_without_each_groups_first() -> None:
+    # completions of these lengths are all zeros, so length tells them apart: group 0 has one copy, group 1 two
+    found = experience([0.0] * 6, [0, 0, 0, 1, 1, 1], [3, 5, 3, 3, 3, 3], ["stop"] * 6, n_drawn=2)
+    assert experience_metrics(found, updates=1)["completions/duplicates"] == 3 / 4
+    alone = experience([0.0] * 2, [0, 1], [3, 3], ["stop"] * 2, n_drawn=2)
+    assert "completions/duplicates" not in experience_metrics(alone, updates=1)
+
+
 def test_the_seconds_of_a_round_are_shared_by_its_updates() -> None:
     metrics = experience_metrics(ROUND, updates=3)
     assert (metrics["time/rollout"], metrics["time/reward"]) == (2.0, 1.0)

@@ -23,6 +23,7 @@ from fastrl.train.config.preference import (
 )
 from fastrl.train.config.reward_model import PRMConfig, RewardConfig
 from fastrl.train.config.sft import SFTConfig
+from fastrl.train.config.signals import SignalsBlock
 from fastrl.train.config.training import TrainConfig
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "RolloutBlock",
     "SFTConfig",
     "SamplerCorrectionBlock",
+    "SignalsBlock",
     "TeacherConfig",
     "TrainConfig",
 ]

@@ -53,6 +53,8 @@ class GRPOConfig(OnPolicyConfig):
         loss_type: how tokens are averaged: "grpo" per sequence, "dapo" over all tokens, "dr_grpo" by a constant,
             "bnpo" is another word TRL uses for "dapo" on one device.
         scale_rewards: divide centred rewards by the group's or the batch's standard deviation, or not.
+        multi_objective_aggregation: the advantage is that of the rewards' weighted sum, or (GDPO) each reward is
+            normalised inside the group on its own, then weighed, summed and normalised over the batch.
         importance_sampling_level: ratio per token, or per sequence (GSPO).
         entropy_coef: weight of the entropy bonus.
         top_entropy_quantile: share of trained tokens, those of highest entropy, that keep a policy gradient.
@@ -78,6 +80,7 @@ class GRPOConfig(OnPolicyConfig):
     delta: float | None = None
     loss_type: Literal["grpo", "dapo", "bnpo", "dr_grpo"] | None = None
     scale_rewards: Literal["group", "batch", "none"] | None = None
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     importance_sampling_level: Literal["token", "sequence"] | None = None
     entropy_coef: float = 0.0
     top_entropy_quantile: float = 1.0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastrl.train.config.blocks import RewardsBlock, RolloutBlock
+from fastrl.train.config.signals import SignalsBlock
 from fastrl.train.config.training import TrainConfig
 
 
@@ -28,6 +29,10 @@ class OnPolicyConfig(TrainConfig):
     Attributes:
         reward_funcs: names of built-in rewards, or `package.module:function`.
         reward_weights: one per reward function; None weighs all by 1.
+        reward_gates: reward -> the reward that must hold for it to count, as {exact_match: format} or
+            {exact_match: tag_count > 0.5}; where it does not hold the reward counts 0.
+        reward_schedule: reward -> factor of its weight by optimizer step, linear between points, as
+            {format: "0: 1, 100: 0.2"}.
         num_generations: completions per prompt (G).
         max_completion_length: most tokens of a completion.
         temperature: divides the logits when sampling and when training.
@@ -39,10 +44,13 @@ class OnPolicyConfig(TrainConfig):
         overlong: soft punishment of long completions.
         rollout: how completions are sampled.
         rewards: how reward functions run.
+        signals: detectors of training gone wrong, and what they do.
     """
 
     reward_funcs: tuple[str, ...] = ()
     reward_weights: tuple[float, ...] | None = None
+    reward_gates: dict[str, str] = field(default_factory=dict)
+    reward_schedule: dict[str, str] = field(default_factory=dict)
     num_generations: int = 8
     max_completion_length: int = 256
     temperature: float = 1.0
@@ -54,3 +62,4 @@ class OnPolicyConfig(TrainConfig):
     overlong: OverlongBlock = OverlongBlock()
     rollout: RolloutBlock = RolloutBlock()
     rewards: RewardsBlock = RewardsBlock()
+    signals: SignalsBlock = SignalsBlock()
