@@ -25,7 +25,7 @@ from fastrl.rewards.sandbox.watch import become_subreaper, descendants, end_all,
 STARTUP_SECONDS = 30.0
 LOOK_SECONDS = 0.1
 MOST_CHECK_BYTES = 64 << 20
-_CPU_SIGNALS = (128 + 24, 128 + 9)  # SIGXCPU, and SIGKILL for those that ignored it
+_SIGXCPU, _SIGKILL = 128 + 24, 128 + 9
 
 
 def main(descriptor: int, uid: int) -> None:
@@ -170,8 +170,8 @@ class Run:
         error = guest.text[guest.outputs[1]].decode(errors="replace")[-500:].strip()
         if not guest.is_ready:
             self._finish("INFRA", f"the sandbox did not start ({status}): {error}")
-        elif status in _CPU_SIGNALS:
-            self._finish("TIMEOUT", f"killed ({status}); its CPU time was limited")
+        elif status == _SIGXCPU or (status == _SIGKILL and self._could_use_its_cpu_time()):
+            self._finish("TIMEOUT", f"more than {self.limits['cpu_seconds']} s of CPU time")
         elif guest is not self.worker:
             self._finish("INFRA", f"the check ended ({status}) without a verdict: {error}")
         elif self.job["role"] == "program" and status == 0:
@@ -179,6 +179,10 @@ class Run:
         else:
             last = error.rpartition("\n")[2]
             self._finish("MEMORY" if last.startswith("MemoryError") else "RUNTIME", f"ended ({status}): {last}")
+
+    def _could_use_its_cpu_time(self) -> bool:
+        """Whether a SIGKILL can be the one that follows an ignored SIGXCPU."""
+        return self.started is not None and time.monotonic() - self.started >= self.limits["cpu_seconds"]
 
     def _look_at_memory(self) -> None:
         if memory_bytes(descendants()) > self.limits["memory_mib"] << 20:
