@@ -11,6 +11,7 @@ from fastrl.data.problems import DataError, Problem
 from fastrl.data.readers import Row
 from fastrl.data.tokenize import encode_messages, encode_prompt_completion, encode_text
 from fastrl.train.config import DistillConfig, SFTConfig, TeacherConfig
+from fastrl.train.model_directory import context_length
 from fastrl.train.prompts import load_rows, set_aside
 
 
@@ -43,6 +44,7 @@ def load_examples(
         ValueError: an option that does not fit the file's format.
     """
     rows, format = load_rows(path, config.data, (TEXT, MESSAGES, PROMPT_COMPLETION), output_dir=output_dir)
+    context = context_length(config.model_name_or_path)
     if config.assistant_only_loss and format.columns == TEXT.columns:
         raise ValueError(f"assistant_only_loss needs conversations, and {rows.source} has plain text; leave it out")
     encoded: list[Example] = []
@@ -52,6 +54,9 @@ def load_examples(
         try:
             ids, mask = _encode(tokenizer, row, format, config, rows.place(index))
             example = _cut(Example(ids, mask), config, rows.place(index))
+            if context is not None and len(example.ids) > context:
+                expected = f"at most the {context} tokens of the model's context (shorten it, or lower max_length)"
+                raise DataError([Problem("row too long", "", expected, str(len(example.ids)), rows.place(index))])
         except DataError as error:
             refused.append(Rejected(rows.raw(index), rows.place(index), error.problems))
             continue

@@ -19,7 +19,8 @@ TOKENIZER = make_tokenizer()
 def load(folder: Path, *rows: Any, **options: Any) -> Examples:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = SFTConfig(model_name_or_path="", output_dir="", train_dataset="", **options)
+    (folder / "config.json").write_text('{"max_position_embeddings": 40}')
+    config = SFTConfig(model_name_or_path=str(folder), output_dir="", train_dataset="", **options)
     return load_examples(str(path), TOKENIZER, config, output_dir=str(folder))
 
 
@@ -75,3 +76,11 @@ def test_a_row_over_the_token_budget_is_refused_at_the_start_and_not_in_the_step
 def test_assistant_turns_are_not_looked_for_in_plain_text(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="assistant_only_loss needs conversations"):
         load(tmp_path, {"text": "12"}, assistant_only_loss=True)
+
+
+@pytest.mark.parametrize("max_length", [None, 100])
+def test_a_row_over_the_models_context_is_refused_whatever_max_length_says(
+    tmp_path: Path, max_length: int | None
+) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: expected at most the 40 tokens of the model's context"):
+        load(tmp_path, PAIR, {**PAIR, "prompt": "1" * 40}, max_length=max_length)
