@@ -34,6 +34,7 @@ from fastrl.train.config import (
     PPOConfig,
     PRMConfig,
     RewardConfig,
+    RLAIFConfig,
     RRHFConfig,
     SFTConfig,
     TeacherConfig,
@@ -74,12 +75,14 @@ RECIPES: dict[str, Recipe] = {
     "teacher": Recipe(TeacherConfig, "fastrl.recipes.teacher"),
     "eval": Recipe(EvalConfig, "fastrl.recipes.evaluate"),
     "generate": Recipe(GenerateConfig, "fastrl.recipes.generate"),
+    "rlaif": Recipe(RLAIFConfig, "fastrl.recipes.rlaif"),
     "pipeline": Recipe(PipelineConfig, "fastrl.recipes.pipeline"),
 }
 OTHERS = {
     "run": "Run the recipe that a YAML file names: fastrl run FILE [flags].",
     "config": "Write, check or describe configuration: fastrl config init|check|schema.",
     "kernels": "List, compile or check the kernels: fastrl kernels list|audit|check.",
+    "report": "Audit the log of a run: fastrl report signals RUN.",
     "env": "What is installed, which devices and backends would be used: fastrl env [sandbox].",
 }
 ENV_USAGE = "usage: fastrl env [--json] | sandbox"
@@ -131,6 +134,10 @@ def _dispatch(arguments: Sequence[str]) -> int:
             from fastrl.command.kernels import run
 
             return run(rest)
+        case ["report", *rest]:
+            from fastrl.command.report import run as report
+
+            return report(rest)
         case ["run", *rest]:
             return _run_file(rest)
         case [name, *rest] if name in RECIPES:

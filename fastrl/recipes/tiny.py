@@ -20,6 +20,7 @@ from fastrl.train.tiny_files import FILES, MODELS, PREFIX, is_tiny
 
 FOLDER = Path("runs/tiny")
 N_TRAIN, N_HELD_OUT = 4000, 250
+ROWS_PER_QUESTION = {"critiques": 8}  # a critic must know many wrong answers
 
 RowMaker = Callable[[str, random.Random], dict[str, Any]]
 Config = TypeVar("Config")
@@ -103,12 +104,16 @@ def _make_sorted(folder: Path) -> None:
     _train(folder, max_steps=160)
 
 
-def _train(folder: Path, *, max_steps: int) -> None:
+def _make_critic(folder: Path) -> None:
+    _train(folder, max_steps=500, rows="critiques")
+
+
+def _train(folder: Path, *, max_steps: int, rows: str = "sft") -> None:
     from fastrl.recipes import sft
 
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "sft"
-        config = sorting.sft_config(made("base"), run, made("sft"), seed=0)
+        config = sorting.sft_config(made("base"), run, made(rows), seed=0)
         code = sft.run(replace(config, max_steps=max_steps))
         assert code == 0, "nobody may interrupt a run of a few seconds but the user"
         shutil.move(run / "model", folder)
@@ -179,6 +184,32 @@ def _judgements(question: str, generator: random.Random) -> dict[str, Any]:
     return row | {"answer": row["completion"][0]["content"]}
 
 
+def _critiques(question: str, generator: random.Random) -> dict[str, Any]:
+    """What a critic learns: to judge an answer, and to put it right once it has been judged.
+
+    Wrong answers are in order but have a wrong digit, as a policy's are, or have two digits exchanged.
+    """
+    right = sorting.answer(question)
+    wrong = generator.choice((swapped, _mistaken))(right, generator)
+    shown, verdict = generator.choice(((right, "1"), (wrong, "0")))
+    asked, said = question + shown, verdict
+    if generator.random() < 0.3:
+        asked, said = asked + verdict, right
+    return {
+        "prompt": [{"role": "user", "content": asked}],
+        "completion": [{"role": "assistant", "content": said}],
+        "answer": said,
+    }
+
+
+def _mistaken(digits: str, generator: random.Random) -> str:
+    """The digits with one or two of them replaced, in order again."""
+    changed = list(digits)
+    for place in generator.sample(range(len(digits)), generator.choice((1, 1, 2))):
+        changed[place] = str((int(changed[place]) + generator.randint(1, 9)) % 10)
+    return "".join(sorted(changed))
+
+
 def swapped(digits: str, generator: random.Random) -> str:
     """The digits with two different ones exchanged; a number of one digit six times gets another last digit."""
     places = [(i, j) for i in range(len(digits)) for j in range(i) if digits[i] != digits[j]]
@@ -195,6 +226,7 @@ MAKE_MODEL: dict[str, Callable[[Path], None]] = {
     "warm": _make_warm,
     "reward_model": _make_reward_model,
     "sorted": _make_sorted,
+    "critic": _make_critic,
     "student": _make_student,
 }
 MAKE_ROW: dict[str, RowMaker] = {
@@ -206,6 +238,7 @@ MAKE_ROW: dict[str, RowMaker] = {
     "ranked": _ranked,
     "steps": _steps,
     "judgements": _judgements,
+    "critiques": _critiques,
 }
 assert MAKE_MODEL.keys() == MODELS.keys()
 assert MAKE_ROW.keys() == FILES.keys()
@@ -217,7 +250,8 @@ def _write_rows(name: str, path: Path) -> None:
     numbers = random.Random(0).sample(range(10**sorting.DIGITS), N_TRAIN + N_HELD_OUT)
     chosen = numbers[:N_TRAIN] if kind == name else numbers[N_TRAIN:]
     generator = random.Random(name)
-    rows = [MAKE_ROW[kind](f"{number:0{sorting.DIGITS}d}", generator) for number in chosen]
+    times = ROWS_PER_QUESTION.get(kind, 1)
+    rows = [MAKE_ROW[kind](f"{number:0{sorting.DIGITS}d}", generator) for number in chosen for _ in range(times)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -194,14 +194,15 @@ def most_tokens(messages: Sequence[Mapping[str, str]]) -> int:
 
 
 def read_body(content: bytes) -> tuple[str, tuple[int, int] | None]:
-    """The reply in a body and the tokens it says were used; "" and None for what is not there or no number."""
+    """The reply in a body and the tokens it says were used; "" and None for what is not there, cut off or no number."""
     try:
         found = json.loads(content)
     except (ValueError, RecursionError):
         return "", None
     try:
-        text = found["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
+        first = found["choices"][0]
+        text = "" if first.get("finish_reason") == "length" else first["message"]["content"]
+    except (KeyError, IndexError, TypeError, AttributeError):
         text = ""
     return text if isinstance(text, str) else "", _used(found)
 

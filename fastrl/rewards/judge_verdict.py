@@ -24,8 +24,8 @@ _FRAME = (
     'Reply with one JSON object and nothing else: {{"nonce": "{nonce}", "reason": "<one sentence>", {fields}}}'
 )
 ASK_AGAIN = (
-    "That was no verdict in the form asked for. Reply with the JSON object alone, with the nonce and every field of "
-    "the instruction."
+    "That was not the reply asked for. Reply in exactly the form of the instruction: for a verdict the JSON object "
+    "alone, with the nonce and every field."
 )
 
 

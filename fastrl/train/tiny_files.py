@@ -17,6 +17,7 @@ MODELS = {
     "warm": "base after 60 steps of SFT: sorts some of the numbers",
     "sorted": "base after 160 steps of SFT: sorts nearly all of them",
     "reward_model": "warm with a scalar head, after 60 steps on ranked: scores sorted digits higher",
+    "critic": "base after 500 steps of SFT on critiques: says whether digits are sorted, and sorts them",
     "student": "a Qwen3 of an eighth of base's size with random weights, and the same tokenizer",
 }
 FILES = {
@@ -28,6 +29,7 @@ FILES = {
     "ranked": "prompt, four completions and their scores: the share of digits in the right place",
     "steps": "prompt, six steps of one digit, and a label for each: is it the next digit in order?",
     "judgements": "a question with an answer as the prompt; completion 1 when it is sorted, else 0",
+    "critiques": "judgements, and the same with the verdict in the prompt and the digits sorted as completion",
 }
 
 

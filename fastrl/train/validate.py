@@ -31,6 +31,7 @@ from fastrl.train.config import (
     PRMConfig,
     ReferenceConfig,
     RewardConfig,
+    RLAIFConfig,
     SamplerCorrectionBlock,
     SFTConfig,
     TeacherConfig,
@@ -52,6 +53,7 @@ from fastrl.train.validate_preference import (
 from fastrl.train.validate_ranges import range_problems
 from fastrl.train.validate_reward_model import prm_problems, reward_problems
 from fastrl.train.validate_rewards import reward_problem
+from fastrl.train.validate_rlaif import rlaif_problems
 from fastrl.train.validate_signals import aggregation_problems, composition_problems, signal_problems
 
 Problems = Iterator[str]
@@ -318,4 +320,5 @@ RULES: tuple[tuple[type, Callable[[Any], Problems]], ...] = (
     (InferenceConfig, _inference),
     (EvalConfig, _eval),
     (GenerateConfig, _generate),
+    (RLAIFConfig, rlaif_problems),
 )

@@ -22,6 +22,7 @@ from fastrl.train.config.preference import (
     RRHFConfig,
 )
 from fastrl.train.config.reward_model import PRMConfig, RewardConfig
+from fastrl.train.config.rlaif import RLAIFConfig
 from fastrl.train.config.sft import SFTConfig
 from fastrl.train.config.signals import SignalsBlock
 from fastrl.train.config.training import TrainConfig
@@ -49,6 +50,7 @@ __all__ = [
     "PackingBlock",
     "PipelineConfig",
     "PreferenceConfig",
+    "RLAIFConfig",
     "RRHFConfig",
     "ReferenceConfig",
     "ReportBlock",
