@@ -202,7 +202,7 @@ DRY_RUNS = ", ".join(name for name, recipe in RECIPES.items() if recipe.has_dry_
             ["config", "init", "grop"],
             f"expected one of {', '.join(RECIPES)}, got 'grop' (did you mean 'grpo'?)",
         ),
-        (["env", "x"], "usage: fastrl env [--json]"),
+        (["env", "x"], "usage: fastrl env [--json] | sandbox"),
     ],
 )
 def test_wrong_usage_is_refused_with_the_right_one(
