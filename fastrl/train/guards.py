@@ -108,6 +108,7 @@ def check_verdicts(reward: Tensor, rounds_without: int, errors: Mapping[str, Rew
     name, error = max(errors.items(), key=lambda item: item[1].count)
     raise NoVerdictError(
         f"no completion of {MOST_ROUNDS_WITHOUT_VERDICT} rounds in a row could be judged; reward {name!r} failed on "
-        f"{error.count} of {len(reward)} completions of the last one. Mend it and start again (a training run with --resume auto). It said:\n"
+        f"{error.count} of {len(reward)} completions of the last one. Mend it and start again (a training run with "
+        f"--resume auto). It said:\n"
         f"{error.first}"
     )

@@ -15,7 +15,7 @@ from fastrl.train.attention import Implementation, packing, use_packed_attention
 from fastrl.train.lora import as_in_forward
 from fastrl.train.model_directory import TOKENIZER_FILES, check_weight_files, has_tokenizer, json_file, model_directory
 from fastrl.train.native_layers import use_native_layers
-from fastrl.train.progress_bars import without_progress_bars
+from fastrl.train.progress_bars import without_load_report
 from fastrl.train.quantize import four_bit, keep_differentiable
 from fastrl.types import Head, TokenBatch
 
@@ -53,7 +53,7 @@ def load_model(
     directory = model_directory(path, trust_remote_code=trust_remote_code)
     check_weight_files(directory)
     check_vocabulary(directory, trust_remote_code=trust_remote_code)
-    with without_progress_bars():
+    with without_load_report():
         model, report = AutoModelForCausalLM.from_pretrained(
             str(directory),
             dtype=dtype,
@@ -63,6 +63,8 @@ def load_model(
             output_loading_info=True,
             **(four_bit(dtype, device) if load_in_4bit else {}),
         )
+    if "score.weight" in report["unexpected_keys"]:
+        raise ValueError(f"{directory} is a reward model (it has score.weight); name a language model")
     keep_differentiable(model)
     check_weights(model, report, directory)
     make_packed(

@@ -73,7 +73,7 @@ def load_score_model(
     if new_head is None and not has_score_head(directory):
         raise ValueError(
             f"{_weight_index(directory)} has no weight {HEAD!r}, so {directory} is no reward model; train one with "
-            "fastrl reward, or ask for a fresh head"
+            "fastrl reward, and name its model directory"
         )
     with without_load_report():
         model, report = AutoModelForSequenceClassification.from_pretrained(

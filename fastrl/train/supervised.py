@@ -45,8 +45,11 @@ def load_examples(
     """
     rows, format = load_rows(path, config.data, (TEXT, MESSAGES, PROMPT_COMPLETION), output_dir=output_dir)
     context = context_length(config.model_name_or_path)
-    if config.assistant_only_loss and format.columns == TEXT.columns:
-        raise ValueError(f"assistant_only_loss needs conversations, and {rows.source} has plain text; leave it out")
+    if config.assistant_only_loss and format.columns != MESSAGES.columns:
+        raise ValueError(
+            f"assistant_only_loss needs rows with messages, and those of {rows.source} have "
+            f"{' and '.join(format.columns)}; leave it out"
+        )
     encoded: list[Example] = []
     refused: list[Rejected] = []
     n_truncated = 0

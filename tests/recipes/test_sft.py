@@ -182,7 +182,7 @@ def test_only_the_assistants_turns_train_when_asked(base: Base, tmp_path: Path) 
         assert sum(example.is_trained) == trained
     run(base, tmp_path / "run", train_dataset=str(rows), assistant_only_loss=True, max_steps=1)
     rows.write_text('{"text": "123400"}\n')
-    with pytest.raises(ValueError, match="assistant_only_loss needs conversations"):
+    with pytest.raises(ValueError, match="assistant_only_loss needs rows with messages"):
         run(base, tmp_path / "plain", train_dataset=str(rows), assistant_only_loss=True)
 
 

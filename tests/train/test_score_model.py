@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from fastrl.data.pack import pack
 from fastrl.train.export import save_pretrained
+from fastrl.train.model import load_model
 from fastrl.train.score_model import (
     has_score_head,
     last_scores,
@@ -157,3 +158,9 @@ def test_a_padding_token_that_ends_texts_is_not_announced(base: Path, tmp_path: 
     with torch.no_grad():
         for ids, ours in zip(TEXTS, rewards(model), strict=True):
             torch.testing.assert_close(theirs(input_ids=torch.tensor([ids])).logits[0, 0], ours, rtol=1e-5, atol=1e-5)
+
+
+def test_a_reward_model_is_no_policy(base: Path, tmp_path: Path) -> None:
+    path = save_score_model(load(base, new_head=1.0), tiny_tokenizer(), tmp_path / "reward", card="")
+    with pytest.raises(ValueError, match="is a reward model"):
+        load_model(path, dtype=torch.float32, device="cpu")

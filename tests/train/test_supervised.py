@@ -74,8 +74,10 @@ def test_a_row_over_the_token_budget_is_refused_at_the_start_and_not_in_the_step
 
 
 def test_assistant_turns_are_not_looked_for_in_plain_text(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="assistant_only_loss needs conversations"):
+    with pytest.raises(ValueError, match="assistant_only_loss needs rows with messages"):
         load(tmp_path, {"text": "12"}, assistant_only_loss=True)
+    with pytest.raises(ValueError, match=r"messages, and those of .* have prompt and completion"):
+        load(tmp_path, PAIR, assistant_only_loss=True)
 
 
 @pytest.mark.parametrize("max_length", [None, 100])
