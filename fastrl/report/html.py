@@ -15,8 +15,17 @@ from typing import Any
 
 from fastrl.report.completions import CompletionSample, read_completions, shown_text, visible
 from fastrl.report.curves import Point, short_number, svg_curve
-from fastrl.report.log import COMPLETIONS_FILE, CONFIG_FILE, ENVIRONMENT_FILE, ERRORS_FILE, METRICS_FILE, read_log
+from fastrl.report.log import (
+    COMPLETIONS_FILE,
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    ERRORS_FILE,
+    METRICS_FILE,
+    SIGNALS_FILE,
+    read_log,
+)
 from fastrl.report.panel import PHASES
+from fastrl.report.signals import DETECTORS
 from fastrl.report.style import STYLE
 
 REPORT_FILE = "report.html"
@@ -31,7 +40,7 @@ _SECTIONS: Mapping[str, tuple[Sequence[str], tuple[str, ...]]] = {
         ("eval/", "rewards/", "accuracy", "mean_token_accuracy", "logps/", "margin"),
     ),
     "Completions": (("completions/mean_length", "completions/clipped_ratio"), ("completions/",)),
-    "Stability": ((), ("clip_ratio/", "sampling/", "ratio/", "advantage")),
+    "Stability": ((), ("clip_ratio/", "sampling/", "ratio", "advantage")),
     "Speed": (("tokens_per_second", "mfu", "memory/peak_gib", "step_time"), ("time/", "memory/")),
     "More": ((), ("",)),
 }
@@ -55,13 +64,14 @@ def write_report(run_dir: Path | str) -> Path:
         raise ValueError(f"{run_dir / METRICS_FILE} is empty: the run has not logged a step yet")
     curves = metric_curves(log)
     completions = run_dir / COMPLETIONS_FILE
-    errors = run_dir / ERRORS_FILE
+    errors, signals = run_dir / ERRORS_FILE, run_dir / SIGNALS_FILE
     page = "\n".join(
         [
             _head(run_dir.resolve().name, log, curves),
             *_curve_sections(curves),
             _time_split(curves),
             _samples(read_completions(completions) if completions.is_file() else []),
+            _signals(read_log(signals) if signals.is_file() else []),
             _errors(read_log(errors) if errors.is_file() else []),
             _text_section("Configuration", run_dir / CONFIG_FILE),
             _text_section("Environment", run_dir / ENVIRONMENT_FILE),
@@ -171,6 +181,20 @@ def _sample(step: int, sample: CompletionSample, *, is_open: bool) -> str:
         f'<div class="chips">{chips}</div><h3>prompt</h3><pre>{escape(_cut(shown_text(sample.prompt)))}</pre>'
         f"<h3>completion</h3><pre>{escape(completion)}</pre></details>"
     )
+
+
+def _signals(signals: Sequence[Mapping[str, Any]]) -> str:
+    if not signals:
+        return ""
+    shown = "".join(
+        f'<details><summary><span class="step">step {signal["step"]:,}</span>'
+        f'<span class="reward">{escape(signal["name"])}</span>'
+        f'<span class="beginning">{escape(visible(signal["text"]))}; {escape(signal["action"])}</span></summary>'
+        f"<pre>{escape(chr(10).join(DETECTORS[signal['name']].causes))}</pre></details>"
+        for signal in signals[-MOST_ERRORS:]
+    )
+    note = "what detectors saw, with possible causes; a reason to read completions, no proof"
+    return f'<section class="errors"><h2>Signals</h2><p class="note">{note}</p>{shown}</section>'
 
 
 def _errors(errors: Sequence[Mapping[str, Any]]) -> str:

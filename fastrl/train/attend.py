@@ -151,3 +151,15 @@ def unseen(run_dir: Path, block: SignalsBlock) -> Sequence[str]:
         for name, metrics in needs.items()
         if name in limits_of(block).thresholds and (missing := set(metrics) - logged)
     ]
+
+
+def actions_of(run_dir: Path) -> list[tuple[int, str, str]]:
+    """(step, detector, action) of every signal that a run answered with more than a warning."""
+    path = run_dir / SIGNALS_FILE
+    lines = read_log(path) if path.is_file() else []
+    return [(line["step"], line["name"], line["action"]) for line in lines if line["action"] != "warn"]
+
+
+def causes_of(name: str) -> tuple[str, ...]:
+    """What may be behind a detector's signal, the likeliest first."""
+    return DETECTORS[name].causes

@@ -62,6 +62,11 @@ def hangs_and_crashes(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [float(sum(ids) % 8) for ids in completion_ids]
 
 
+def sometimes(completion_ids: list[list[int]], **_: Any) -> list[Any]:
+    """0 or 1, and a failure on about a third of the completions."""
+    return [ValueError("no") if sum(ids) % 3 == 0 else float(sum(ids) % 2) for ids in completion_ids]
+
+
 def falls_silent(completions: list[Any], trainer_state: Any, **_: Any) -> list[float]:
     """The number of characters in the first two steps, then nothing that tells completions apart."""
     if trainer_state.global_step < 2:
