@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -37,3 +37,18 @@ def sandbox(layers: Layers) -> Iterator[Sandbox]:
     made = Sandbox(slots=2)
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def processes_below() -> Callable[[list[int]], list[int]]:
+    """A function from process ids to those of all their descendants."""
+
+    def find(processes: list[int]) -> list[int]:
+        listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split()
+        pairs = list(zip(map(int, listed[::2]), map(int, listed[1::2]), strict=True))
+        found = list(processes)
+        for parent in found:
+            found += [process for process, its_parent in pairs if its_parent == parent]
+        return found[len(processes) :]
+
+    return find

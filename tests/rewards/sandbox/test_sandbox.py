@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,9 @@ def test_a_slot_that_dies_gives_infra_and_is_replaced(sandbox: Sandbox) -> None:
     assert statuses[2:] == [Status.PASS, Status.PASS]
 
 
-def test_nothing_outlives_a_process_that_is_killed(layers: Layers) -> None:
+def test_nothing_outlives_a_process_that_is_killed(
+    layers: Layers, processes_below: Callable[[list[int]], list[int]]
+) -> None:
     code = (
         "from fastrl.rewards.sandbox import CallTest, Limits, grade\n"
         "grade('', [CallTest('f', (), 1)]); print('up', flush=True)\n"
@@ -113,22 +116,13 @@ def test_nothing_outlives_a_process_that_is_killed(layers: Layers) -> None:
         assert child.stdout is not None
         assert child.stdout.readline() == b"up\n"
         time.sleep(0.5)
-        assert descendants_of(child.pid)
-        below = descendants_of(child.pid)
+        below = processes_below([child.pid])
+        assert len(below) >= 4  # a slot, bubblewrap, its init, the submission and its daemon
         child.kill()
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{process}").exists() for process in below) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert [process for process in below if Path(f"/proc/{process}").exists()] == []
-
-
-def descendants_of(process: int) -> list[int]:
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split()
-    pairs = list(zip(map(int, listed[::2]), map(int, listed[1::2]), strict=True))
-    found = [process]
-    for parent in found:
-        found += [pid for pid, ppid in pairs if ppid == parent]
-    return found[1:]
 
 
 def test_secrets_of_this_process_are_not_inside(
