@@ -45,7 +45,7 @@ attempt("bwrap", "it sees other processes", lambda: sum(name.isdigit() for name 
 attempt("bwrap", "it has a network", lambda: len(open("/proc/net/dev").readlines()) != 3)
 attempt("bwrap", "it has capabilities", lambda: int(status("CapEff"), 16) | int(status("CapBnd"), 16) != 0)
 attempt("bwrap", "it can open kernel settings", lambda: open("/proc/sys/kernel/core_pattern", "r+b"))
-attempt("bwrap", "it reads an environment", lambda: b"fastrl" in open("/proc/1/environ", "rb").read().lower())
+attempt("bwrap", "it reads an environment", lambda: open("/proc/1/environ", "rb").read() != b"")
 attempt("bwrap", "it has the host's name", lambda: os.uname().nodename != "sandbox")
 attempt("bwrap", "it can write to the system", lambda: os.open("/usr/probe", os.O_CREAT | os.O_WRONLY))
 
