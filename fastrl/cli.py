@@ -34,6 +34,7 @@ from fastrl.train.config import (
     PPOConfig,
     PRMConfig,
     RewardConfig,
+    RLAIFConfig,
     RRHFConfig,
     SFTConfig,
     TeacherConfig,
@@ -74,6 +75,7 @@ RECIPES: dict[str, Recipe] = {
     "teacher": Recipe(TeacherConfig, "fastrl.recipes.teacher"),
     "eval": Recipe(EvalConfig, "fastrl.recipes.evaluate"),
     "generate": Recipe(GenerateConfig, "fastrl.recipes.generate"),
+    "rlaif": Recipe(RLAIFConfig, "fastrl.recipes.rlaif"),
     "pipeline": Recipe(PipelineConfig, "fastrl.recipes.pipeline"),
 }
 OTHERS = {
