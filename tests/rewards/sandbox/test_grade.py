@@ -82,6 +82,12 @@ def check(f):
     assert verdict(sandbox, "raise ValueError", test) is Status.RUNTIME
 
 
+def test_an_exception_cannot_end_the_script_s_own_loop_early(sandbox: Sandbox) -> None:
+    test = ScriptTest("double", "assert all(map(lambda x: double(x) == 2 * x, range(3)))")
+    assert verdict(sandbox, "def double(x): return 2 * x", test) is Status.PASS
+    assert verdict(sandbox, "def double(x): raise StopIteration", test) is Status.RUNTIME
+
+
 def test_a_submission_cannot_stand_in_for_the_script_s_own_helpers(sandbox: Sandbox) -> None:
     script = "def near(a, b):\n    return a == b\nassert near(double(2), 4)"
     assert (
