@@ -230,10 +230,11 @@ def test_what_init_prints_passes_check_once_it_is_filled_in(name: str, capsys: p
     text = capsys.readouterr().out
     fill = {"model_name_or_path": "model", "output_dir": "out", "reward_funcs": "[numeric]", "prompts": "[hello]"}
     fill |= {"train_dataset": "data.jsonl", "teacher_model_name_or_path": "model", "output_file": "out.safetensors"}
+    fill |= {"principles": "[Be brief.]"} if name == "rlaif" else {}
     lines = []
     for line in text.splitlines():
         key = line.partition(":")[0]
-        filled = line + " data.jsonl" if line.endswith("eval_dataset:") else line
+        filled = line + " data.jsonl" if line.endswith(("eval_dataset:", "prompt_file:")) else line
         lines.append(f"{key}: {fill[key]}" if key in fill else filled)
     Path("init.yaml").write_text("\n".join(lines))
     assert main(["config", "check", "init.yaml"]) == 0

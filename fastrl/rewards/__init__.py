@@ -6,7 +6,9 @@ from fastrl.rewards.exact_match import exact_match
 from fastrl.rewards.format import think_format
 from fastrl.rewards.items import sequence_equality, set_equality
 from fastrl.rewards.json_schema import JsonSchema, json_schema
+from fastrl.rewards.judge import Judge
 from fastrl.rewards.language import Language
+from fastrl.rewards.learned import ProcessRewardModel, RewardModel
 from fastrl.rewards.length import Length
 from fastrl.rewards.math_reward import math_reward
 from fastrl.rewards.multiple_choice import multiple_choice
@@ -26,13 +28,16 @@ from fastrl.rewards.workers import RewardWorkers
 __all__ = [
     "CodeReward",
     "JsonSchema",
+    "Judge",
     "Language",
     "Length",
+    "ProcessRewardModel",
     "Regex",
     "Repetition",
     "Reward",
     "RewardError",
     "RewardFunction",
+    "RewardModel",
     "RewardWorkers",
     "Scores",
     "TagCounts",
