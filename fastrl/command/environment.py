@@ -26,7 +26,7 @@ OPTIONAL = {
     "qlora": ("peft", "bitsandbytes"),
     "vllm": ("vllm", "requests"),
     "flash": ("flash-attn",),
-    "rewards": ("math-verify", "reasoning-gym"),
+    "rewards": ("jsonschema", "math-verify", "reasoning-gym"),
     "judge": ("openai",),
     "peers": ("trl", "liger-kernel", "cut-cross-entropy"),
     "track": ("tensorboard", "trackio", "wandb"),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fastrl.recipes import ppo
-from fastrl.train.config import PPOConfig
+from fastrl.train.config import PPOConfig, RewardsBlock
 from fastrl.train.order import epoch_order
 from tests.recipes.ppo_runs import make_reward_model, ppo_config
 from tests.recipes.runs import Base, column, metrics_of
@@ -60,6 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "ptx_coef": 0.7,
         "pretrain_batch_size": 3,
         "reward_funcs": ("tests.recipes.judges:no_verdict_on_the_first_of_four",),
+        "rewards": RewardsBlock(max_error_rate=1.0),
         "lr_scheduler_type": "cosine",
         "warmup_steps": 3,
     },
