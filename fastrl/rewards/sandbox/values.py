@@ -101,7 +101,7 @@ def same(expected: Any, got: Any, *, tolerance: float = 0.0, depth: int = DEEPES
     if tag == "t":
         return _all_same(inner, other, tolerance, depth)
     if tag == "s":
-        return _all_same(sorted(inner, key=_text), sorted(other, key=_text), tolerance, depth)
+        return _all_same(sorted(inner, key=_order), sorted(other, key=_order), tolerance, depth)
     if tag == "d":
         return _all_same(sorted(inner, key=_key), sorted(other, key=_key), tolerance, depth)
     return bool(inner == other)
@@ -110,9 +110,9 @@ def same(expected: Any, got: Any, *, tolerance: float = 0.0, depth: int = DEEPES
 def sorted_tree(tree: Any) -> Any:
     """A list's or tuple's tree with its items in one fixed order; other trees as they are."""
     if isinstance(tree, list):
-        return sorted(tree, key=_text)
+        return sorted(tree, key=_order)
     if isinstance(tree, dict) and isinstance(tree.get("t"), list):
-        return {"t": sorted(tree["t"], key=_text)}
+        return {"t": sorted(tree["t"], key=_order)}
     return tree
 
 
@@ -134,8 +134,24 @@ def _text(tree: Any) -> str:
     return json.dumps(tree, sort_keys=True)
 
 
-def _key(pair: Any) -> str:
-    return _text(pair[0] if isinstance(pair, list) and pair else pair)
+def _key(pair: Any) -> tuple[str, Any]:
+    return _order(pair[0] if isinstance(pair, list) and pair else pair)
+
+
+def _order(tree: Any) -> tuple[str, Any]:
+    """A sort key that compares with every other one, and floats by value, so that close ones are neighbours."""
+    if isinstance(tree, list):
+        return "[", [_order(item) for item in tree]
+    if not isinstance(tree, dict) or len(tree) != 1:
+        return "", _text(tree)
+    ((tag, inner),) = tree.items()
+    if tag != "f" or not isinstance(inner, str):
+        return "{" + tag, _order(inner)
+    try:
+        value = float.fromhex(inner)
+    except (ValueError, OverflowError):
+        return "", _text(tree)
+    return "f", math.inf if math.isnan(value) else value
 
 
 def _hashed(kind: Any, items: Iterable[Any]) -> Any:

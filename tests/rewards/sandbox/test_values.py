@@ -77,6 +77,21 @@ def test_a_forged_tree_is_refused_and_equal_to_nothing(tree: Any) -> None:
     assert not any(same(encode(value), tree) for value in VALUES)
 
 
+def test_without_an_order_floats_are_paired_by_their_values() -> None:
+    above = math.nextafter(1.0, 2.0)
+    for expected, got in (
+        ({1.0, 2.0}, {above, 2.0}),
+        ({0.0, -1.0}, {-0.0, -1.0}),
+        ({(0.0, 1), (-1.0, 2)}, {(-0.0, 1), (-1.0, 2)}),
+    ):
+        assert same(encode(expected), encode(got), tolerance=1e-9)
+        assert same(sorted_tree(encode(list(expected))), sorted_tree(encode(list(got))), tolerance=1e-9)
+    assert same(encode({1.0: "a", 2.0: "b"}), encode({2.0: "b", above: "a"}), tolerance=1e-9)
+    assert not same(encode({1.0, 2.0}), encode({1.0, 3.0}), tolerance=1e-9)
+    for forged in ([{"f": "nan"}, {"f": "x"}], [{"f": "0x1p9999"}, {"f": 1}], [{"f": "0x1p0"}, None]):
+        assert not same(encode({1.0, 2.0}), {"s": forged}, tolerance=1e-9)
+
+
 def test_what_is_no_plain_value_or_too_deep_is_refused() -> None:
     deep: list[Any] = []
     for _ in range(DEEPEST):
