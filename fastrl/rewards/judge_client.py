@@ -221,7 +221,7 @@ def retry_after(header: str | None) -> float:
     """Seconds that a Retry-After header asks for, as a number or as a date; 0 when it asks for nothing readable."""
     if header is None:
         return 0.0
-    if header.strip().replace(".", "", 1).isdigit():
+    if header.strip().replace(".", "", 1).isdecimal():  # isdigit is also true of "²", which is no number
         return float(header)
     try:
         moment = parsedate_to_datetime(header)

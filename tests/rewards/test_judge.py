@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fastrl.rewards.judge import Judge, ring
+from fastrl.rewards.judge_client import retry_after
 from fastrl.rewards.judge_config import read_judge
 from fastrl.rewards.protocol import Reward
 from fastrl.rewards.resolve import check_rewards, resolve_rewards
@@ -120,6 +121,11 @@ def test_retries_end_and_are_counted(tmp_path: Path) -> None:
     assert found.values == ((None,),)
     assert (len(served.requests), counts(found)["retries"], counts(found)["failures/status"]) == (3, 2, 1)
     assert "failed 3 times, the last with status 500" in found.errors["judge"].first
+
+
+@pytest.mark.parametrize("header", ["\u00b2", ".", "nan", "-5", "", "soon", "Mon, 01 Jan 99999 00:00:00 GMT"])
+def test_a_retry_after_that_says_nothing_asks_for_no_wait(header: str) -> None:
+    assert retry_after(header) == 0.0
 
 
 def test_retry_after_is_waited_for_and_given_up_when_it_is_too_long(tmp_path: Path) -> None:
