@@ -151,7 +151,7 @@ def _checked_value(name: str, value: Any) -> float | Fault | None:
         return Fault(f"reward {name!r} must return numbers or None, got {value!r:.80}")
     try:
         number = float(value)  # also NumPy's and torch's scalars
-    except Exception:
+    except Exception:  # whatever the user's object raises, it is a counted failure of this item
         return Fault(f"reward {name!r} must return numbers or None, got {type(value).__name__}")
     if not math.isfinite(number) or abs(number) > LARGEST_REWARD:
         return Fault(f"reward {name!r} returned {number}, which is not a finite float32")
