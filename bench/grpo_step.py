@@ -15,6 +15,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -61,7 +62,9 @@ class FastRLRun:
 
     def __init__(self, folder: Path, output_dir: Path, case: Case, *, steps: int) -> None:
         self.config = fastrl_config(folder, output_dir, case, steps=steps)
-        self.setup = set_up(self.config, load_tokenizer(folder / "model", chat_template=None))
+        self.resources = ExitStack()  # of an engine that holds nothing
+        tokenizer = load_tokenizer(folder / "model", chat_template=None)
+        self.setup = set_up(self.config, tokenizer, self.resources)
         self.journal = Journal(output_dir, title="", total_steps=steps, live=False, config={})
         self.progress = Progress()
         self.completions: list[tuple[int, ...]] = []  # of the last step, group by group

@@ -10,11 +10,11 @@ from pathlib import Path
 from fastrl.report.completions import CompletionsLog, samples_of
 from fastrl.report.log import COMPLETIONS_FILE
 from fastrl.rewards.resolve import resolve_rewards
-from fastrl.rollout.builtin import BuiltinEngine
 from fastrl.rollout.engine import Sampling
 from fastrl.train.collect import Experience, Sampler, collect
 from fastrl.train.config import EvalConfig, OverlongBlock
 from fastrl.train.device import compute_dtype, pick_device
+from fastrl.train.engine import opened_engine
 from fastrl.train.estimate import Estimate, estimate_by_group
 from fastrl.train.learned_rewards import loaded
 from fastrl.train.model import load_model, load_tokenizer
@@ -74,22 +74,23 @@ def judge(config: EvalConfig) -> tuple[Experience, list[str]]:
         device=pick_device(config.device),
         trust_remote_code=config.trust_remote_code,
     )
-    sampler = Sampler(
-        engine=BuiltinEngine(model, tokenizer, batch_size=config.rollout.batch_size),
-        decode=partial(tokenizer.decode, skip_special_tokens=True),
-        rewards=loaded(config, tokenizer, rewards),
-        sampling=Sampling(
-            max_completion_length=config.max_completion_length,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-        ),
-        num_generations=config.num_generations,
-        seed=config.seed,
-        overlong=OverlongBlock(),
-        workers=workers_of(config.rewards),
-    )
-    return collect(sampler, prompts, range(len(prompts))), [reward.name for reward in rewards]
+    with opened_engine(config, model, tokenizer) as engine:
+        sampler = Sampler(
+            engine=engine,
+            decode=partial(tokenizer.decode, skip_special_tokens=True),
+            rewards=loaded(config, tokenizer, rewards),
+            sampling=Sampling(
+                max_completion_length=config.max_completion_length,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                top_k=config.top_k,
+            ),
+            num_generations=config.num_generations,
+            seed=config.seed,
+            overlong=OverlongBlock(),
+            workers=workers_of(config.rewards),
+        )
+        return collect(sampler, prompts, range(len(prompts))), [reward.name for reward in rewards]
 
 
 def totals(experience: Experience, names: list[str]) -> dict[str, Estimate]:

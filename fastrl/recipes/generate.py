@@ -12,17 +12,18 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fastrl.rewards.protocol import Reward
 from fastrl.rewards.resolve import resolve_rewards
-from fastrl.rollout.builtin import BuiltinEngine
-from fastrl.rollout.engine import Sampling
+from fastrl.rollout.engine import Engine, Sampling
 from fastrl.rollout.seeds import request_seed
 from fastrl.train.collect import Experience, Sampler, collect
 from fastrl.train.config import GenerateConfig, OverlongBlock
 from fastrl.train.contents import contents_of
 from fastrl.train.device import compute_dtype, pick_device
 from fastrl.train.durable import write_text
+from fastrl.train.engine import opened_engine
 from fastrl.train.guards import check_verdicts
 from fastrl.train.learned_rewards import loaded
 from fastrl.train.model import load_model, load_tokenizer
@@ -32,6 +33,10 @@ from fastrl.train.provenance import environment
 from fastrl.train.rejection import SELECTIONS, Candidate
 from fastrl.train.reward_workers import check_error_rates, workers_of
 from fastrl.types import Rollout
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 
 def run(config: GenerateConfig) -> int:
@@ -55,8 +60,15 @@ def run(config: GenerateConfig) -> int:
         device=device,
         trust_remote_code=config.trust_remote_code,
     )
-    sampler = Sampler(
-        engine=BuiltinEngine(model, tokenizer, batch_size=config.rollout.batch_size),
+    with opened_engine(config, model, tokenizer) as engine:
+        return _run(config, _sampler(config, engine, tokenizer, rewards), prompts, device)
+
+
+def _sampler(
+    config: GenerateConfig, engine: Engine, tokenizer: PreTrainedTokenizerBase, rewards: Sequence[Reward]
+) -> Sampler:
+    return Sampler(
+        engine=engine,
         decode=partial(tokenizer.decode, skip_special_tokens=True),
         rewards=loaded(config, tokenizer, rewards),
         sampling=Sampling(
@@ -73,6 +85,9 @@ def run(config: GenerateConfig) -> int:
         overlong=OverlongBlock(),
         workers=workers_of(config.rewards),
     )
+
+
+def _run(config: GenerateConfig, sampler: Sampler, prompts: Sequence[Prompt], device: torch.device) -> int:
     if config.output_file is None:
         for _ in _rows_of_all(config, sampler, prompts, first=0, counts=Counter(), write=_print):
             pass

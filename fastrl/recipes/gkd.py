@@ -7,6 +7,7 @@ seq_kd the teacher). Coins and samples are functions of (seed, place in the run)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import compress
@@ -22,6 +23,7 @@ from fastrl.rollout.seeds import request_seed
 from fastrl.train.config import GKDConfig
 from fastrl.train.contents import contents_of
 from fastrl.train.device import check_backend, pick_device
+from fastrl.train.engine import opened_engine
 from fastrl.train.export import save_pretrained
 from fastrl.train.fit import Rows, Step, fit, length_of
 from fastrl.train.from_config import journal_of, model_of, optimizer_of, tokenizer_of
@@ -46,7 +48,10 @@ def run(config: GKDConfig) -> int:
     of_student = contents_of(data=[config.train_dataset], model=config.model_name_or_path)
     contents = {**of_student, **contents_of(data=[], model=config.teacher_model_name_or_path)}
     record = asdict(config) | {"contents": contents}
-    with open_run_directory(config.output_dir, record, resume=config.resume_from_checkpoint) as directory:
+    with (
+        open_run_directory(config.output_dir, record, resume=config.resume_from_checkpoint) as directory,
+        ExitStack() as resources,
+    ):
         tokenizer = tokenizer_of(config)
         check_same_vocabulary(config, tokenizer, config.teacher_model_name_or_path, option="teacher_model_name_or_path")
         load = partial(
@@ -63,8 +68,9 @@ def run(config: GKDConfig) -> int:
         teacher = teacher_of(config, config.teacher_model_name_or_path)
         write_environment(directory.path, device)
         batch_loss = live_teacher_loss(model, teacher, config.kernels, beta=config.beta)
-        engine_of = partial(BuiltinEngine, tokenizer=tokenizer, batch_size=config.rollout.batch_size)
-        student_engine, teacher_engine = engine_of(model), engine_of(teacher)
+        student_engine = resources.enter_context(opened_engine(config, model, tokenizer))
+        # The teacher never changes and seldom samples: it is no reason to start a second server.
+        teacher_engine = BuiltinEngine(teacher, tokenizer, batch_size=config.rollout.batch_size)
 
         def stepped(examples: Sequence[Example], loss: BatchLoss) -> Step:
             batches = packed(examples, token_budget=config.packing.token_budget, device=device)
@@ -74,6 +80,8 @@ def run(config: GKDConfig) -> int:
             return stepped([row.example for row in rows if row.example is not None], batch_loss)
 
         def sampled_step(rows: Sequence[GKDRow], places: Sequence[int]) -> Step:
+            step = places[0] // (config.per_device_train_batch_size * config.gradient_accumulation_steps)
+            student_engine.load_weights(model, step)
             examples, facts = completed(config, student_engine, teacher_engine, rows, places)
             return stepped(examples, _with_facts(batch_loss, facts))
 

@@ -7,6 +7,7 @@ no reference model; completions without gradient never reach the backbone.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
@@ -28,6 +29,7 @@ from fastrl.train.config import GRPOConfig
 from fastrl.train.contents import contents_of
 from fastrl.train.curriculum import weight_metrics
 from fastrl.train.device import peak_gib
+from fastrl.train.engine import opened_engine
 from fastrl.train.estimate import estimate_by_group
 from fastrl.train.experience_metrics import experience_metrics
 from fastrl.train.export import save_pretrained
@@ -52,9 +54,12 @@ def run(config: GRPOConfig) -> int:
     """
     contents = contents_of(data=[config.train_dataset], model=config.model_name_or_path, rewards=config.reward_funcs)
     record = asdict(config) | {"contents": contents}
-    with open_run_directory(config.output_dir, record, resume=config.resume_from_checkpoint) as directory:
+    with (
+        open_run_directory(config.output_dir, record, resume=config.resume_from_checkpoint) as directory,
+        ExitStack() as resources,
+    ):
         tokenizer = tokenizer_of(config)
-        setup = set_up(config, tokenizer)
+        setup = set_up(config, tokenizer, resources)
         write_environment(directory.path, setup.policy.device)
         title = f"fastrl grpo ({config.parity or config.algorithm})"
         states = {"optimizer": setup.optimizer}
@@ -110,10 +115,11 @@ def dry_run(config: GRPOConfig) -> int:
     algorithm = algorithm_from(config)
     rewards = resolve_rewards(config.reward_funcs, config.reward_weights)
     prompts = prompts_of(config, tokenizer, rewards, config.train_dataset, output_dir=None)
-    sampler = replace(
-        sampler_of(config, model_of(config), tokenizer, rewards), num_generations=min(2, config.num_generations)
-    )
-    found = collect(sampler, prompts[:2], range(len(prompts[:2])))
+    with opened_engine(config, model_of(config), tokenizer) as engine:
+        sampler = replace(
+            sampler_of(config, engine, tokenizer, rewards), num_generations=min(2, config.num_generations)
+        )
+        found = collect(sampler, prompts[:2], range(len(prompts[:2])))
     names = [reward.name for reward in rewards]
     samples = samples_of(
         [prompt.prompt for prompt in found.prompts], found.completions, names, found.scores, count=len(found.rollouts)

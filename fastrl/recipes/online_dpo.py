@@ -6,6 +6,7 @@ with LoRA the policy without its adapter. Prompts whose completions tie, or have
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import ceil
@@ -28,6 +29,7 @@ from fastrl.train.config import OnlineDPOConfig
 from fastrl.train.contents import contents_of
 from fastrl.train.curriculum import weight_metrics
 from fastrl.train.device import check_backend, compute_dtype, peak_gib, pick_device
+from fastrl.train.engine import opened_engine
 from fastrl.train.estimate import estimate_by_group
 from fastrl.train.experience_metrics import experience_metrics
 from fastrl.train.export import save_pretrained
@@ -87,11 +89,14 @@ def run(config: OnlineDPOConfig) -> int:
     for path in (config.ref_model_name_or_path, config.reward_model_path):
         contents |= contents_of(data=[], model=path) if path is not None else {}
     record = asdict(config) | {"contents": contents}
-    with open_run_directory(config.output_dir, record, resume=config.resume_from_checkpoint) as directory:
+    with (
+        open_run_directory(config.output_dir, record, resume=config.resume_from_checkpoint) as directory,
+        ExitStack() as resources,
+    ):
         tokenizer = tokenizer_of(config)
         check_same_vocabulary(config, tokenizer, config.ref_model_name_or_path, option="ref_model_name_or_path")
         check_same_vocabulary(config, tokenizer, config.reward_model_path, option="reward_model_path")
-        setup = set_up(config, tokenizer)
+        setup = set_up(config, tokenizer, resources)
         write_environment(directory.path, setup.policy.device)
         states = {"optimizer": setup.optimizer}
         with journal_of(config, directory, title="fastrl online_dpo", total_steps=setup.total_steps) as journal:
@@ -131,8 +136,11 @@ def run(config: OnlineDPOConfig) -> int:
     return 0
 
 
-def set_up(config: OnlineDPOConfig, tokenizer: PreTrainedTokenizerBase) -> Setup:
+def set_up(config: OnlineDPOConfig, tokenizer: PreTrainedTokenizerBase, resources: ExitStack) -> Setup:
     """Check the data, then load the models.
+
+    Args:
+        resources: closes the engine when the run ends.
 
     Raises:
         ValueError: bad rows, or sequences that will not fit.
@@ -144,6 +152,7 @@ def set_up(config: OnlineDPOConfig, tokenizer: PreTrainedTokenizerBase) -> Setup
     held_out = load(config.eval_dataset) if config.eval_dataset else []
     policy = model_of(config, gradient_checkpointing=config.gradient_checkpointing)
     check_lengths(config, prompts + held_out, context=context_length(policy))
+    engine = resources.enter_context(opened_engine(config, policy, tokenizer))
     groups = config.per_device_train_batch_size * config.gradient_accumulation_steps // config.num_generations
     steps = ceil(config.num_train_epochs * len(prompts) / groups)
     return Setup(
@@ -152,7 +161,7 @@ def set_up(config: OnlineDPOConfig, tokenizer: PreTrainedTokenizerBase) -> Setup
         policy=policy,
         reference=live_reference(config, policy, config.ref_model_name_or_path, temperature=config.temperature),
         optimizer=optimizer_of(config, policy),
-        sampler=sampler_of(config, policy, tokenizer, [*rewards, *model_rewards(config, tokenizer)]),
+        sampler=sampler_of(config, engine, tokenizer, [*rewards, *model_rewards(config, tokenizer)]),
         groups=groups,
         total_steps=config.max_steps if config.max_steps > 0 else steps,
     )

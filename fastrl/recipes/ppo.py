@@ -8,6 +8,7 @@ every policy update also keeps up the likelihood of pretraining text (PPO-ptx).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from itertools import compress
 from pathlib import Path
@@ -51,9 +52,12 @@ def run(config: PPOConfig) -> int:
     Writes metrics.jsonl, completions.jsonl, report.html, checkpoint-N/ and model/ under `output_dir`.
     """
     record = asdict(config) | {"contents": _contents(config)}
-    with open_run_directory(config.output_dir, record, resume=config.resume_from_checkpoint) as directory:
+    with (
+        open_run_directory(config.output_dir, record, resume=config.resume_from_checkpoint) as directory,
+        ExitStack() as resources,
+    ):
         tokenizer = tokenizer_of(config)
-        setup = set_up(config, tokenizer, output_dir=config.output_dir)
+        setup = set_up(config, tokenizer, resources, output_dir=config.output_dir)
         policy = setup.roles.policy
         print_roles(setup.roles.parameters)
         write_environment(directory.path, policy.device)
@@ -105,10 +109,11 @@ def dry_run(config: PPOConfig) -> int:
         0, or 1 when a reward failed, with its first traceback printed.
     """
     tokenizer = tokenizer_of(config)
-    setup = set_up(config, tokenizer, output_dir=None)
-    print_roles(setup.roles.parameters)
-    sampler = replace(setup.sampler, num_generations=2)
-    found = collect(sampler, setup.prompts[:2], range(len(setup.prompts[:2])))
+    with ExitStack() as resources:
+        setup = set_up(config, tokenizer, resources, output_dir=None)
+        print_roles(setup.roles.parameters)
+        sampler = replace(setup.sampler, num_generations=2)
+        found = collect(sampler, setup.prompts[:2], range(len(setup.prompts[:2])))
     names = [reward.name for reward in sampler.rewards]
     prompts = [prompt.prompt for prompt in found.prompts]
     samples = samples_of(prompts, found.completions, names, found.scores, count=len(found.rollouts))

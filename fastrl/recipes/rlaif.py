@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from fastrl.data.template import filled
 from fastrl.rewards.judge_config import read_judge
 from fastrl.rewards.text import completion_text
-from fastrl.rollout.builtin import BuiltinEngine
 from fastrl.rollout.engine import Engine, Sampling
 from fastrl.rollout.seeds import request_seed
 from fastrl.train.config import RLAIFConfig
@@ -24,6 +23,7 @@ from fastrl.train.contents import contents_of
 from fastrl.train.critic import Case, Critic, EndpointCritic, ModelCritic
 from fastrl.train.device import compute_dtype, pick_device
 from fastrl.train.durable import write_text
+from fastrl.train.engine import opened_engine
 from fastrl.train.guards import MOST_ROUNDS_WITHOUT_VERDICT, NoVerdictError
 from fastrl.train.model import load_model, load_tokenizer
 from fastrl.train.partial_file import open_partial
@@ -46,11 +46,10 @@ def run(config: RLAIFConfig) -> int:
     limit = config.rollout.max_prompt_length
     prompts = load_prompts(config.prompt_file, tokenizer, config.data, (), max_prompt_length=limit, output_dir=None)
     model = _model(config, config.model_name_or_path)
-    engine = BuiltinEngine(model, tokenizer, batch_size=config.rollout.batch_size)
     decode = partial(tokenizer.decode, skip_special_tokens=True)
     critic = critic_of(config, model, tokenizer)
     record = {"config": asdict(config), "contents": _contents(config), "principles": [asdict(p) for p in principles]}
-    with open_partial(Path(config.output_file), record) as file:
+    with open_partial(Path(config.output_file), record) as file, opened_engine(config, model, tokenizer) as engine:
         counts = Counter(file.counts)
         size = max(1, config.rollout.batch_size // config.num_generations)
         rounds_without = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
@@ -13,14 +14,15 @@ from fastrl.algorithms.policy_gradient import PolicyGradient
 from fastrl.rewards.gates import check_gates, gates_from
 from fastrl.rewards.protocol import Reward
 from fastrl.rewards.resolve import resolve_rewards
-from fastrl.rollout.builtin import BuiltinEngine, context_length
-from fastrl.rollout.engine import Sampling
+from fastrl.rollout.builtin import context_length
+from fastrl.rollout.engine import Engine, Sampling
 from fastrl.rollout.seeds import request_seed
 from fastrl.train.algorithm import algorithm_from
 from fastrl.train.collect import Sampler
 from fastrl.train.config import GRPOConfig, OnPolicyConfig
 from fastrl.train.curriculum import check_schedule, scheduled
 from fastrl.train.device import check_backend, pick_device
+from fastrl.train.engine import opened_engine
 from fastrl.train.from_config import model_of, optimizer_of, reference_of
 from fastrl.train.learned_rewards import loaded
 from fastrl.train.optimizer import MasterAdamW
@@ -56,8 +58,11 @@ class Setup:
     total_steps: int
 
 
-def set_up(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> Setup:
+def set_up(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase, resources: ExitStack) -> Setup:
     """Check the data, then load the models.
+
+    Args:
+        resources: closes the engine when the run ends.
 
     Raises:
         ValueError: an algorithm that does not exist, bad rows, or sequences that will not fit.
@@ -70,6 +75,7 @@ def set_up(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> Setup:
     held_out = load(config.eval_dataset) if config.eval_dataset else []
     policy = model_of(config, gradient_checkpointing=config.gradient_checkpointing)
     check_lengths(config, prompts + held_out, context=context_length(policy))
+    engine = resources.enter_context(opened_engine(config, policy, tokenizer))
     batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
     groups = batch_size * config.steps_per_generation // config.num_generations
     rounds = ceil(config.num_train_epochs * len(prompts) / groups)
@@ -81,7 +87,7 @@ def set_up(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> Setup:
         policy=policy,
         reference=reference_of(config, policy) if algorithm.kl is not None else None,
         optimizer=optimizer_of(config, policy),
-        sampler=sampler_of(config, policy, tokenizer, rewards),
+        sampler=sampler_of(config, engine, tokenizer, rewards),
         groups=groups,
         total_steps=config.max_steps if config.max_steps > 0 else steps_of_rounds,
     )
@@ -107,9 +113,9 @@ def prompts_of(
 
 
 def sampler_of(
-    config: OnPolicyConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rewards: Sequence[Reward]
+    config: OnPolicyConfig, engine: Engine, tokenizer: PreTrainedTokenizerBase, rewards: Sequence[Reward]
 ) -> Sampler:
-    """Return what samples from the policy and judges its completions.
+    """Return what samples with the engine and judges its completions.
 
     Raises:
         ValueError: a gate or a schedule of a reward that the run does not have.
@@ -118,7 +124,7 @@ def sampler_of(
     check_gates(gates, names)
     check_schedule(config.reward_schedule, names)
     return Sampler(
-        engine=BuiltinEngine(policy, tokenizer, batch_size=config.rollout.batch_size),
+        engine=engine,
         decode=partial(tokenizer.decode, skip_special_tokens=True),
         rewards=loaded(config, tokenizer, rewards),
         sampling=Sampling(

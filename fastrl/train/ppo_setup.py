@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
@@ -18,6 +19,7 @@ from fastrl.train.algorithm import ESTIMATORS
 from fastrl.train.collect import Sampler
 from fastrl.train.config import DataBlock, PPOConfig, SFTConfig
 from fastrl.train.device import check_backend, pick_device
+from fastrl.train.engine import opened_engine
 from fastrl.train.model_reward import ModelReward
 from fastrl.train.order import row_at
 from fastrl.train.policy_setup import check_lengths, prompts_of, sampler_of
@@ -68,10 +70,13 @@ class Setup:
     total_steps: int
 
 
-def set_up(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, *, output_dir: str | None) -> Setup:
+def set_up(
+    config: PPOConfig, tokenizer: PreTrainedTokenizerBase, resources: ExitStack, *, output_dir: str | None
+) -> Setup:
     """Check the data, then load the models.
 
     Args:
+        resources: closes the engine when the run ends.
         output_dir: where refused rows are written; None writes nothing.
 
     Raises:
@@ -85,6 +90,7 @@ def set_up(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, *, output_dir:
     pretrain = pretraining_rows(config, tokenizer)
     roles = roles_of(config, tokenizer)
     check_lengths(config, prompts + held_out, context=context_length(roles.policy))
+    engine = resources.enter_context(opened_engine(config, roles.policy, tokenizer))
     algorithm = algorithm_of(config)
     if roles.value_head is not None:
         policy_loss = joint_update_loss(config, roles.policy, algorithm, roles.value_head)
@@ -103,7 +109,7 @@ def set_up(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, *, output_dir:
         policy_loss=policy_loss,
         value_loss=None if roles.value_head is not None else value_update_loss(config, roles.value),
         moments=RunningMoments(),
-        sampler=sampler_of(config, roles.policy, tokenizer, [*rewards, *model_rewards(config, roles, tokenizer)]),
+        sampler=sampler_of(config, engine, tokenizer, [*rewards, *model_rewards(config, roles, tokenizer)]),
         groups=groups,
         total_steps=config.max_steps if config.max_steps > 0 else steps_of_rounds,
     )
