@@ -27,9 +27,11 @@ class Rollout:
             drawn from (temperature, top-k, top-p, min-p and penalties applied); same length.
         finish_reason: "stop" when an EOS token or a stop string ended it, "length" when the limit did,
             "error" when the engine failed (such a rollout is never trained and never scored).
-        policy_version: version of the weights that sampled it.
+        policy_version: version of the weights that sampled it; of those that began it, when they changed meanwhile.
         is_sampled: per completion token, False for tokens the policy did not choose (tool output);
             None when all were sampled. Only sampled tokens are trained.
+        token_version: version of the weights that chose each completion token, when the weights changed while the
+            completion was made; None when all were chosen by `policy_version`, the version that began it.
     """
 
     prompt_ids: tuple[int, ...]
@@ -38,6 +40,7 @@ class Rollout:
     finish_reason: FinishReason
     policy_version: int
     is_sampled: tuple[bool, ...] | None = None
+    token_version: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrl.rollout.decode import Completion, Request, decode
-from fastrl.rollout.engine import Sampling, check_sampling
+from fastrl.rollout.engine import Sampling, check_sampling, limits_of
 from fastrl.rollout.seeds import request_seed, streams
 from fastrl.rollout.stepper import Stepper
 from fastrl.rollout.stop import StopStrings
@@ -66,7 +66,12 @@ class BuiltinEngine:
         self.version = version
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int] | None = None,
+        prefixes: Sequence[Sequence[int]] | None = None,
     ) -> list[Rollout]:
         """Sample one completion per prompt, in order; see `fastrl.rollout.engine.Engine.generate`.
 
@@ -83,22 +88,31 @@ class BuiltinEngine:
             self.requests_seeded += len(ids)
         if len(seeds) != len(ids):
             raise ValueError(f"seeds must have one entry per prompt: got {len(seeds)} for {len(ids)} prompts")
+        begun = [()] * len(ids) if prefixes is None else [tuple(int(token) for token in prefix) for prefix in prefixes]
+        limits = limits_of([len(prompt) for prompt in ids], [len(prefix) for prefix in begun], sampling, context)
+        fed = [prompt + prefix for prompt, prefix in zip(ids, begun, strict=True)]
+        _check_prompts(fed, vocab_size, context)
 
         is_eos = torch.zeros(vocab_size, dtype=torch.bool, device=self.model.device)
         is_eos[[token for token in eos_token_ids(self.model, self.tokenizer) if token < vocab_size]] = True
         request = Request(
             self.model, sampling, is_eos, self._stop_strings(sampling.stop, vocab_size), context, self.stepper
         )
-        order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), ids[i]))
+        order = sorted(range(len(ids)), key=lambda i: (len(fed[i]), fed[i]))
         batches = math.ceil(len(ids) / self.batch_size)
         completions: dict[int, Completion] = {}
-        longest = max(map(len, ids), default=0) + sampling.max_completion_length
-        with torch.no_grad(), _evaluating(self.model), _prepared(self.stepper, min(longest, context)):
+        longest = max((len(fed[i]) + limits[i] for i in order), default=0)
+        with torch.no_grad(), _evaluating(self.model), _prepared(self.stepper, longest):
             for b in range(batches):
                 members = order[len(ids) * b // batches : len(ids) * (b + 1) // batches]
-                limits = [min(sampling.max_completion_length, context - len(ids[i])) for i in members]
-                stream = streams([seeds[i] for i in members], self.model.device)
-                found = decode(request, [ids[i] for i in members], limits, stream)
+                start = [len(begun[i]) for i in members]
+                found = decode(
+                    request,
+                    [fed[i] for i in members],
+                    [limits[i] for i in members],
+                    streams([seeds[i] for i in members], self.model.device, start=start),
+                    prefix_lengths=start,
+                )
                 completions.update(zip(members, found, strict=True))
         return [
             Rollout(ids[i], completions[i].ids, completions[i].logprob, completions[i].finish_reason, self.version)

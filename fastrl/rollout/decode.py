@@ -86,13 +86,22 @@ class _Rows:
             layer.keep_rows(rows)
 
 
-def decode(request: Request, prompts: list[tuple[int, ...]], limits: list[int], stream: Tensor) -> list[Completion]:
-    """Sample one completion per prompt.
+def decode(
+    request: Request,
+    prompts: list[tuple[int, ...]],
+    limits: list[int],
+    stream: Tensor,
+    *,
+    prefix_lengths: list[int],
+) -> list[Completion]:
+    """Sample one completion per prompt, or the rest of one.
 
     Args:
-        prompts: sorted by length and content, so that equal prompts are neighbours.
-        limits: tokens each completion may have, at least 1.
+        prompts: tokens to feed, a prefix of the completion included; sorted by length and content, so that equal
+            prompts are neighbours.
+        limits: tokens to sample for each at most, at least 1.
         stream: [B] random streams.
+        prefix_lengths: how many of each prompt's last tokens belong to its completion: stop strings may begin there.
 
     Cost: one forward pass of the different prompts, then one of [B', 1] tokens per step, B' the rows in flight.
     """
@@ -101,6 +110,8 @@ def decode(request: Request, prompts: list[tuple[int, ...]], limits: list[int], 
     token_log = stream.new_zeros(len(prompts), longest)
     logprob_log = torch.zeros(len(prompts), longest, device=stream.device)
     ends: dict[int, int] = {}  # row -> number of tokens up to a stop string
+    window = 0 if request.stop_strings is None else request.stop_strings.window
+    earlier = [list(ids[len(ids) - min(n, window) :]) for ids, n in zip(prompts, prefix_lengths, strict=True)]
     checked = 0
     for step in range(longest):
         token, logprob = _next_token(request.sampling, logits, rows, step)
@@ -108,7 +119,7 @@ def decode(request: Request, prompts: list[tuple[int, ...]], limits: list[int], 
         rows.is_done |= request.is_eos[token] | (rows.limit == step + 1) | ~logprob.isfinite()
         if (step + 1) % (CUDA_CHECK_EVERY if token.is_cuda else 1) == 0 or step + 1 == longest:
             if request.stop_strings is not None:
-                _find_stops(request.stop_strings, rows, token_log, ends, checked, step + 1)
+                _find_stops(request.stop_strings, rows, token_log, ends, earlier, checked, step + 1)
                 checked = step + 1
             done = int(rows.is_done.sum())
             if done == len(token) or step + 1 == longest:
@@ -229,7 +240,13 @@ def _forward(request: Request, rows: _Rows, token: Tensor) -> Tensor:
 
 
 def _find_stops(
-    stop_strings: StopStrings, rows: _Rows, token_log: Tensor, ends: dict[int, int], checked: int, step: int
+    stop_strings: StopStrings,
+    rows: _Rows,
+    token_log: Tensor,
+    ends: dict[int, int],
+    earlier: list[list[int]],
+    checked: int,
+    step: int,
 ) -> None:
     """Mark rows whose new tokens complete a stop string as done and note where."""
     place = rows.place.tolist()
@@ -237,9 +254,10 @@ def _find_stops(
     recent = token_log[rows.place, first:step].tolist()
     ended = []
     for i, (row, ids) in enumerate(zip(place, recent, strict=True)):
-        match = None if row in ends else stop_strings.first_match(ids, checked - first)
+        before = earlier[row] if first == 0 else []
+        match = None if row in ends else stop_strings.first_match(before + ids, len(before) + checked - first)
         if match is not None:
-            ends[row] = first + match + 1
+            ends[row] = first + match + 1 - len(before)
             ended.append(i)
     rows.is_done[ended] = True
 

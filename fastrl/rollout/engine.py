@@ -26,6 +26,9 @@ class Sampling:
         repetition_penalty: divides positive and multiplies negative logits of tokens already in the
             prompt or completion (CTRL, arXiv:1909.05858); 1 is none.
         stop: strings that end a completion; the tokens that contain the match are kept.
+        segment_tokens: most tokens to sample in one call, for completions made in segments: one that reaches neither
+            its end nor `max_completion_length` comes back with finish_reason "length" and goes on as the prefix of
+            another call. None samples to the end.
     """
 
     max_completion_length: int = 256
@@ -35,6 +38,7 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    segment_tokens: int | None = None
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -49,6 +53,7 @@ def check_sampling(sampling: Sampling) -> None:
         ("top_p", 0.0 < sampling.top_p <= 1.0, "in (0, 1]; 1 keeps all tokens"),
         ("top_k", sampling.top_k >= 0, "0 (keep all) or a positive integer"),
         ("min_p", 0.0 <= sampling.min_p <= 1.0, "in [0, 1]; 0 keeps all tokens"),
+        ("segment_tokens", sampling.segment_tokens is None or sampling.segment_tokens >= 1, "at least 1, or None"),
         ("repetition_penalty", 0.0 < sampling.repetition_penalty < math.inf, "a positive number; 1 is none"),
     )
     for name, is_good, range_ in rules:
@@ -58,11 +63,45 @@ def check_sampling(sampling: Sampling) -> None:
         raise ValueError("sampling.stop holds an empty string, which would end every completion at its first token")
 
 
+def limits_of(
+    prompt_lengths: Sequence[int], prefix_lengths: Sequence[int], sampling: Sampling, context: int
+) -> list[int]:
+    """How many tokens one call may sample for each prompt: what the limit, the context and the segment leave.
+
+        limit = min(min(max_completion_length, context - prompt) - prefix, segment_tokens)
+
+    Args:
+        context: most tokens the model holds, prompt and completion together.
+
+    Raises:
+        ValueError: another number of prefixes than of prompts, or a prefix that leaves no room for a single token.
+    """
+    if len(prefix_lengths) != len(prompt_lengths):
+        raise ValueError(
+            f"prefixes must have one entry per prompt: got {len(prefix_lengths)} for {len(prompt_lengths)} prompts"
+        )
+    limits = []
+    for i, (prompt, prefix) in enumerate(zip(prompt_lengths, prefix_lengths, strict=True)):
+        room = min(sampling.max_completion_length, context - prompt)
+        if prefix >= room:
+            raise ValueError(
+                f"prefix {i} has {prefix} tokens, and completion {i} may have {room} (max_completion_length is "
+                f"{sampling.max_completion_length}, the context {context}, the prompt {prompt}): it has ended already"
+            )
+        limits.append(min(room - prefix, sampling.segment_tokens or room))
+    return limits
+
+
 class Engine(Protocol):
     """What a recipe needs from a sampler. `tests/rollout/contract.py` is the meaning of each method."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int] | None = None,
+        prefixes: Sequence[Sequence[int]] | None = None,
     ) -> list[Rollout]:
         """Sample one completion per prompt, in order.
 
@@ -71,9 +110,16 @@ class Engine(Protocol):
             sampling: one set of parameters for the call.
             seeds: one per prompt. A completion depends on the weights, its prompt, the sampling and its
                 seed alone, not on its neighbours. None draws fresh seeds from the engine's own generator.
+            prefixes: one per prompt, the tokens of its completion that are sampled already and have not ended it; may
+                be empty. The engine goes on as if it had never stopped: limits, stop strings, the repetition penalty
+                and random positions count the prefix. None is an empty prefix for each.
+
+        Returns:
+            A rollout per prompt, with the new tokens alone: the prefix is in neither `prompt_ids` nor
+            `completion_ids`.
 
         Raises:
-            ValueError: an empty prompt, or one that leaves no room for a single token.
+            ValueError: an empty prompt, or one that leaves no room for a single token, with its prefix.
         """
         ...
 

@@ -38,9 +38,14 @@ def request_seed(run_seed: int, prompt_ordinal: int, sample_index: int) -> int:
     return state >> 1
 
 
-def streams(seeds: Sequence[int], device: torch.device) -> Tensor:
-    """[B] int64 start of each seed's stream, seeds modulo 2^64; the mixing keeps streams of near seeds apart."""
-    return torch.tensor([_signed(_mixed(seed & MASK)) for seed in seeds], dtype=torch.int64, device=device)
+def streams(seeds: Sequence[int], device: torch.device, *, start: Sequence[int] | None = None) -> Tensor:
+    """[B] int64 start of each seed's stream, seeds modulo 2^64; the mixing keeps streams of near seeds apart.
+
+    Args:
+        start: [B] positions to begin at, of completions that go on; None is 0 for each.
+    """
+    moved = [_mixed(seed & MASK) + GOLDEN * first for seed, first in zip(seeds, start or [0] * len(seeds), strict=True)]
+    return torch.tensor([_signed(state & MASK) for state in moved], dtype=torch.int64, device=device)
 
 
 def uniform(stream: Tensor, position: int) -> Tensor:
@@ -48,7 +53,7 @@ def uniform(stream: Tensor, position: int) -> Tensor:
 
     Args:
         stream: [B] int64 from `streams`.
-        position: index of the token within its completion.
+        position: index of the token within its completion, less the `start` of its stream.
     """
     x = stream + _signed(GOLDEN * (position + 1) & MASK)
     x = (x ^ _shifted(x, 30)) * _signed(FIRST_FACTOR)

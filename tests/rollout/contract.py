@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -50,9 +51,7 @@ def some_prompts(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
 
 
 def with_length(sampling: Sampling, n: int) -> Sampling:
-    return Sampling(
-        n, sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, sampling.repetition_penalty
-    )
+    return replace(sampling, max_completion_length=n)
 
 
 def naive_logprob(logits: Tensor, seen: set[int], sampling: Sampling) -> Tensor:
@@ -245,6 +244,83 @@ def a_prompt_near_the_context_gets_the_room_that_is_left(make_engine: MakeEngine
         assert_fresh_forward_agrees(model, rollout, sampling)
 
 
+def a_segment_is_what_a_naive_forward_pass_says(make_engine: MakeEngine, make_model: MakeModel) -> None:
+    """The prefix is no part of what comes back; the segment, the limit and the context each end a completion."""
+    model = make_model()
+    engine = make_engine(model, tiny_tokenizer())
+    prompts = some_prompts((3, 9, 4, CONTEXT - 6, 12))
+    prefixes: list[list[int]] = [[], [5, 6, 7], [8], [9, 10], [11] * 9]
+    for sampling in (Sampling(), SAMPLINGS["all"], SAMPLINGS["greedy penalty"]):
+        sampling = replace(with_length(sampling, 10), segment_tokens=6)
+        found = engine.generate(prompts, sampling, seeds=range(5), prefixes=prefixes)
+        assert [len(rollout.completion_ids) for rollout in found] == [6, 6, 6, 4, 1]
+        assert [rollout.finish_reason for rollout in found] == ["length"] * 5
+        for prompt, prefix, rollout in zip(prompts, prefixes, found, strict=True):
+            assert rollout.prompt_ids == tuple(prompt)
+            assert_fresh_forward_agrees(model, replace(rollout, prompt_ids=(*prompt, *prefix)), sampling)
+
+
+def segments_are_reproduced_and_end_where_they_should(make_engine: MakeEngine, make_model: MakeModel) -> None:
+    """In segments as in one piece: an EOS, a stop string across a border, the limit. Every engine is deterministic."""
+    model, tokenizer = make_model(), tiny_tokenizer()
+    model.generation_config.eos_token_id = [1, 5, 6]
+    engine = make_engine(model, tokenizer)
+    prompts = [prompt for prompt in some_prompts() for _ in range(4)]
+    sampling = Sampling(max_completion_length=14, stop=("ab", "m", "no"))
+    parts = in_segments(engine, prompts, sampling, seeds=range(len(prompts)), segment_tokens=3)
+    assert in_segments(engine, prompts, sampling, seeds=range(len(prompts)), segment_tokens=3) == parts
+    for rollout in parts:
+        *body, last = rollout.completion_ids
+        text, before = tokenizer.decode([*body, last]), tokenizer.decode(body)
+        ends = last in (1, 5, 6) or any(word in text for word in sampling.stop)
+        assert not {1, 5, 6} & set(body)
+        assert not any(word in before for word in sampling.stop)
+        assert rollout.finish_reason == ("stop" if ends else "length")
+        assert ends or len(rollout.completion_ids) == 14
+        assert_fresh_forward_agrees(model, rollout, sampling)
+    assert {rollout.finish_reason for rollout in parts} == {"stop", "length"}
+
+
+def prefixes_that_cannot_go_on_are_refused(make_engine: MakeEngine, make_model: MakeModel) -> None:
+    engine = make_engine(make_model(), tiny_tokenizer())
+    for prompt, prefix, message in (
+        ([5] * 3, [6] * 8, "prefix 1 has 8 tokens, and completion 1 may have 8 .*ended already"),
+        ([5] * (CONTEXT - 2), [6] * 2, "prefix 1 has 2 tokens, and completion 1 may have 2 .*ended already"),
+        ([5], [V], rf"prompt 1 holds token {V}.*\[0, {V}\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.generate([[5, 6], prompt], Sampling(max_completion_length=8), prefixes=[[], prefix])
+    with pytest.raises(ValueError, match="prefixes must have one entry per prompt: got 1 for 2"):
+        engine.generate([[5, 6], [7]], Sampling(max_completion_length=8), prefixes=[[]])
+    with pytest.raises(ValueError, match="segment_tokens"):
+        engine.generate([[5, 6]], Sampling(segment_tokens=0))
+
+
+def in_segments(
+    engine: Engine, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Sequence[int], segment_tokens: int
+) -> list[Rollout]:
+    """The completions of `generate`, made by one call after another."""
+    found = [Rollout(tuple(prompt), (), (), "length", 0) for prompt in prompts]
+    going = list(range(len(prompts)))
+    while going:
+        segments = engine.generate(
+            [prompts[i] for i in going],
+            replace(sampling, segment_tokens=segment_tokens),
+            seeds=[seeds[i] for i in going],
+            prefixes=[found[i].completion_ids for i in going],
+        )
+        for i, segment in zip(going, segments, strict=True):
+            assert 0 < len(segment.completion_ids) <= segment_tokens
+            found[i] = replace(
+                segment,
+                completion_ids=found[i].completion_ids + segment.completion_ids,
+                logprob=found[i].logprob + segment.logprob,
+            )
+        most = [min(sampling.max_completion_length, CONTEXT - len(prompt)) for prompt in prompts]
+        going = [i for i in going if found[i].finish_reason == "length" and len(found[i].completion_ids) < most[i]]
+    return found
+
+
 CHECKS: tuple[Check, ...] = (
     logprobs_equal_a_fresh_forward_pass,
     same_seeds_reproduce_and_other_seeds_differ,
@@ -256,4 +332,28 @@ CHECKS: tuple[Check, ...] = (
     a_stop_string_ends_at_the_token_that_completes_it,
     prompts_that_cannot_be_completed_are_refused,
     a_prompt_near_the_context_gets_the_room_that_is_left,
+    a_segment_is_what_a_naive_forward_pass_says,
+    segments_are_reproduced_and_end_where_they_should,
+    prefixes_that_cannot_go_on_are_refused,
 )
+
+
+def completions_in_segments_are_those_in_one_piece(make_engine: MakeEngine, make_model: MakeModel) -> None:
+    """The further promise of an engine whose random positions are those of the completion: cuts change no token.
+
+    An engine that cannot place its random numbers (vLLM) is deterministic in segments all the same, which CHECKS tests.
+    """
+    model = make_model()
+    model.generation_config.eos_token_id = [1, 5]
+    engine = make_engine(model, tiny_tokenizer())
+    prompts = [prompt for prompt in some_prompts((*LENGTHS, CONTEXT - 5)) for _ in range(4)]
+    seeds = range(len(prompts))
+    for sampling in (replace(SAMPLINGS["all"], stop=("ab", "cd", "m")), SAMPLINGS["penalty"], SAMPLINGS["greedy"]):
+        sampling = replace(sampling, max_completion_length=17)
+        whole = engine.generate(prompts, sampling, seeds=seeds)
+        for segment_tokens in (1, 4, 5):
+            parts = in_segments(engine, prompts, sampling, seeds=seeds, segment_tokens=segment_tokens)
+            assert [rollout.completion_ids for rollout in parts] == [rollout.completion_ids for rollout in whole]
+            assert [rollout.finish_reason for rollout in parts] == [rollout.finish_reason for rollout in whole]
+            for part, one in zip(parts, whole, strict=True):
+                assert part.logprob == pytest.approx(one.logprob, abs=1e-4)

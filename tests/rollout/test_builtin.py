@@ -10,7 +10,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrl.rollout import decode
 from fastrl.rollout.builtin import BuiltinEngine, eos_token_ids
 from fastrl.rollout.engine import Engine, Sampling, check_sampling
-from tests.rollout.contract import CHECKS, Check, MakeModel, assert_fresh_forward_agrees, some_prompts
+from tests.rollout.contract import (
+    CHECKS,
+    Check,
+    MakeModel,
+    assert_fresh_forward_agrees,
+    completions_in_segments_are_those_in_one_piece,
+    some_prompts,
+)
 from tests.rollout.tiny import CONTEXT, MODELS, V, gpt2, mistral_window, qwen3, tiny_tokenizer
 
 
@@ -20,7 +27,7 @@ def make_engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> E
 
 
 @pytest.mark.parametrize("make_model", MODELS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("check", [*CHECKS, completions_in_segments_are_those_in_one_piece], ids=lambda f: f.__name__)
 def test_the_builtin_engine_meets_the_contract(check: Check, make_model: MakeModel):
     check(make_engine, make_model)
 

@@ -36,6 +36,14 @@ def test_uniform_is_splitmix64_of_the_mixed_seed_to_the_last_bit():
         assert uniform(stream, position).tolist() == want
 
 
+def test_a_stream_that_starts_later_gives_the_numbers_of_its_positions():
+    seeds = [0, 7, 2**64 - 1]
+    for start in ([0, 1, 5], [2**31, 0, 3]):
+        moved = uniform(streams(seeds, CPU, start=start), 2)
+        want = [uniform(streams([seed], CPU), first + 2).item() for seed, first in zip(seeds, start, strict=True)]
+        assert moved.tolist() == want
+
+
 def test_uniform_numbers_are_even_and_independent_along_seeds_and_positions():
     """4096 seeds x 64 positions: mean 1/2, variance 1/12, correlations 0, each within 5 standard errors."""
     u = torch.stack([uniform(streams(range(4096), CPU), t) for t in range(64)], dim=1)
