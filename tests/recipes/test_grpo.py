@@ -14,7 +14,8 @@ import torch
 from fastrl.algorithms import policy_gradient
 from fastrl.recipes import grpo
 from fastrl.report import read_log
-from fastrl.train import from_config, logprob, policy_setup
+from fastrl.rollout.builtin import BuiltinEngine
+from fastrl.train import from_config, logprob
 from fastrl.train.config import (
     DataBlock,
     KernelsBlock,
@@ -84,13 +85,13 @@ def test_every_round_and_every_evaluation_samples_from_the_newest_weights(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions: list[int] = []
-    load = policy_setup.BuiltinEngine.load_weights
+    load = BuiltinEngine.load_weights
 
     def recorded(self: Any, model: Any, version: int) -> None:
         versions.append(version)
         load(self, model, version)
 
-    monkeypatch.setattr(policy_setup.BuiltinEngine, "load_weights", recorded)
+    monkeypatch.setattr(BuiltinEngine, "load_weights", recorded)
     run_grpo(base, tmp_path / "run", steps_per_generation=2, eval_dataset=str(base.files.held_out))
     assert versions == [0, 2, 4]
 
@@ -185,13 +186,13 @@ def test_the_trained_distribution_has_the_sampling_temperature(base: Base, tmp_p
 def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(
     base: Base, tmp_path: Path, log_completions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = policy_setup.BuiltinEngine.generate
+    honest = BuiltinEngine.generate
 
     def lying(self: Any, *args: Any, **options: Any) -> Any:
         found = honest(self, *args, **options)
         return [replace(rollout, logprob=tuple(x - 1 for x in rollout.logprob)) for rollout in found]
 
-    monkeypatch.setattr(policy_setup.BuiltinEngine, "generate", lying)
+    monkeypatch.setattr(BuiltinEngine, "generate", lying)
     config = grpo_config(base, tmp_path / "run", report=replace(QUIET, log_completions=log_completions))
     with pytest.raises(SamplerMismatchError, match=r"step 1: .* factor 2\.718"):
         grpo.run(config)
