@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrl.rollout.decode import Completion, Request, decode
-from fastrl.rollout.engine import Sampling, check_sampling, limits_of
+from fastrl.rollout.engine import Sampling, check_prompts, check_sampling, limits_of
 from fastrl.rollout.seeds import request_seed, streams
 from fastrl.rollout.stepper import Stepper
 from fastrl.rollout.stop import StopStrings
@@ -81,7 +81,7 @@ class BuiltinEngine:
         vocab_size = self.model.get_input_embeddings().num_embeddings
         context = context_length(self.model)
         ids = [tuple(int(token) for token in prompt) for prompt in prompts]
-        _check_prompts(ids, vocab_size, context)
+        check_prompts(ids, vocab_size, context)
         if seeds is None:
             first = self.requests_seeded
             seeds = [request_seed(self.seed, first + i, 0) for i in range(len(ids))]
@@ -91,7 +91,7 @@ class BuiltinEngine:
         begun = [()] * len(ids) if prefixes is None else [tuple(int(token) for token in prefix) for prefix in prefixes]
         limits = limits_of([len(prompt) for prompt in ids], [len(prefix) for prefix in begun], sampling, context)
         fed = [prompt + prefix for prompt, prefix in zip(ids, begun, strict=True)]
-        _check_prompts(fed, vocab_size, context)
+        check_prompts(fed, vocab_size, context)
 
         is_eos = torch.zeros(vocab_size, dtype=torch.bool, device=self.model.device)
         is_eos[[token for token in eos_token_ids(self.model, self.tokenizer) if token < vocab_size]] = True
@@ -146,22 +146,6 @@ def context_length(model: PreTrainedModel) -> int:
     """Most tokens the model can hold, prompt and completion together; unbounded for models that name no limit."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return sys.maxsize if length is None else int(length)
-
-
-def _check_prompts(prompts: list[tuple[int, ...]], vocab_size: int, context: int) -> None:
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {i} is empty; give at least one token, such as the tokenizer's BOS")
-        if len(prompt) + 1 > context:
-            raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens, which leaves no room to sample in the model's context of "
-                f"{context}; shorten or drop it"
-            )
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise ValueError(
-                f"prompt {i} holds token {min(prompt) if min(prompt) < 0 else max(prompt)}, but the model's vocabulary "
-                f"is [0, {vocab_size}); was it made with another tokenizer?"
-            )
 
 
 @contextmanager

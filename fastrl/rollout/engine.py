@@ -63,6 +63,31 @@ def check_sampling(sampling: Sampling) -> None:
         raise ValueError("sampling.stop holds an empty string, which would end every completion at its first token")
 
 
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, context: int) -> None:
+    """Refuse what cannot be completed, by its place: an empty prompt, one without room, ids of another vocabulary.
+
+    Args:
+        vocab_size: V, the ids the model knows.
+        context: most tokens the model holds, prompt and completion together.
+
+    Raises:
+        ValueError: the first such prompt.
+    """
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i} is empty; give at least one token, such as the tokenizer's BOS")
+        if len(prompt) + 1 > context:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens, which leaves no room to sample in the model's context of "
+                f"{context}; shorten or drop it"
+            )
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise ValueError(
+                f"prompt {i} holds token {min(prompt) if min(prompt) < 0 else max(prompt)}, but the model's vocabulary "
+                f"is [0, {vocab_size}); was it made with another tokenizer?"
+            )
+
+
 def limits_of(
     prompt_lengths: Sequence[int], prefix_lengths: Sequence[int], sampling: Sampling, context: int
 ) -> list[int]:
