@@ -47,7 +47,7 @@ from fastrl.losses.reward_model import (
     weakest,
 )
 from fastrl.losses.supervised import dft, label_smoothed, nll
-from fastrl.losses.surrogate import cispo, clipped, reinforce, sapo, vespo
+from fastrl.losses.surrogate import cispo, clipped, gamma_weight, reinforce, sapo, vespo
 from fastrl.losses.trust_region import binary_kl, binary_tv
 from fastrl.losses.unpaired import kl_baseline, kto
 from fastrl.losses.value import value_clipped, value_is_clipped, value_squared
@@ -73,6 +73,7 @@ __all__ = [
     "exo_pair",
     "expected_calibration_error",
     "fixed_length",
+    "gamma_weight",
     "gpg",
     "group_centered",
     "group_normalized",

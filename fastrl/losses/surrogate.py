@@ -149,8 +149,28 @@ def vespo(
 
     Source: Shen 2026, arXiv:2602.10693, sec. 3.4; constants of the authors' code and TRL.
     """
-    log_weight = log_ratio.detach().clamp(math.log(1e-8), 20.0)
+    phi = gamma_weight(
+        log_ratio,
+        advantage,
+        power_positive=power_positive,
+        decay_positive=decay_positive,
+        power_negative=power_negative,
+        decay_negative=decay_negative,
+    )
+    return -phi * advantage * log_ratio
+
+
+def gamma_weight(
+    log_weight: Tensor,
+    advantage: Tensor,
+    *,
+    power_positive: float = 2.0,
+    decay_positive: float = 3.0,
+    power_negative: float = 3.0,
+    decay_negative: float = 2.0,
+) -> Tensor:
+    """[T] VESPO's phi(W) = W^k exp(k' (1 - W)), constant; arguments as `vespo`, with log W read as a constant."""
+    log_weight = log_weight.detach().clamp(math.log(1e-8), 20.0)
     power = torch.full_like(log_weight, power_negative).masked_fill(advantage >= 0, power_positive)
     decay = torch.full_like(log_weight, decay_negative).masked_fill(advantage >= 0, decay_positive)
-    phi = (decay + power * log_weight - decay * log_weight.exp()).exp()
-    return -phi * advantage * log_ratio
+    return (decay + power * log_weight - decay * log_weight.exp()).exp()
