@@ -31,6 +31,7 @@ from fastrl.train.gkd_rows import GKDRow, load_gkd_rows
 from fastrl.train.model_directory import context_length
 from fastrl.train.provenance import write_environment
 from fastrl.train.run_directory import open_run_directory
+from fastrl.train.shares import step_size
 from fastrl.train.supervised import Example
 from fastrl.train.teacher import live_teacher_loss, teacher_of
 from fastrl.train.update import BatchLoss
@@ -80,9 +81,9 @@ def run(config: GKDConfig) -> int:
             return stepped([row.example for row in rows if row.example is not None], batch_loss)
 
         def sampled_step(rows: Sequence[GKDRow], places: Sequence[int]) -> Step:
-            step = places[0] // (config.per_device_train_batch_size * config.gradient_accumulation_steps)
-            student_engine.load_weights(model, step)
+            student_engine.load_weights(model, places[0] // step_size(config))
             examples, facts = completed(config, student_engine, teacher_engine, rows, places)
+            student_engine.rest()
             return stepped(examples, _with_facts(batch_loss, facts))
 
         with journal_of(config, directory, title="fastrl gkd", total_steps=total_steps) as journal:

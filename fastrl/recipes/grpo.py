@@ -80,6 +80,7 @@ def run(config: GRPOConfig) -> int:
                     max_rounds=config.dynamic_sampling.max_rounds,
                     state=TrainerState(progress.step, setup.total_steps, progress.ordinal / len(setup.prompts)),
                 )
+                setup.sampler.engine.rest()
                 if directory.interrupted():
                     # This round has taught nothing yet: the resumed run samples it again, alike.
                     save(directory, progress, states, journal.offsets(), keep=config.save_total_limit)
@@ -200,6 +201,7 @@ def evaluate(setup: Setup, journal: Journal, progress: Progress) -> None:
     sampler = replace(setup.sampler, num_generations=1, seed=setup.sampler.seed + 1)
     sampler.engine.load_weights(setup.policy, progress.step)
     found = collect(sampler, setup.held_out, range(len(setup.held_out)))
+    sampler.engine.rest()
     metrics = {f"eval/{name}": value for name, value in found.scores.metrics.items() if name.startswith("rewards/")}
     if bool(found.reward.isfinite().any()):
         reward = estimate_by_group(found.scores.total, found.group.tolist())

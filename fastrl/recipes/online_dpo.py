@@ -48,6 +48,7 @@ from fastrl.train.reward_workers import check_error_rates
 from fastrl.train.run_directory import open_run_directory
 from fastrl.train.schedule import learning_rate_at, warmup_length
 from fastrl.train.score_model import load_score_model, token_scores
+from fastrl.train.shares import step_size
 from fastrl.train.snapshot import Progress, restore, save
 from fastrl.train.update import BatchLoss, update
 from fastrl.train.vocabulary import check_same_vocabulary
@@ -113,6 +114,7 @@ def run(config: OnlineDPOConfig) -> int:
                     max_rounds=0,
                     state=TrainerState(progress.step, setup.total_steps, progress.ordinal / len(setup.prompts)),
                 )
+                setup.sampler.engine.rest()
                 if directory.interrupted():
                     # This round has taught nothing yet: the resumed run samples it again, alike.
                     save(directory, progress, states, journal.offsets(), keep=config.save_total_limit)
@@ -153,7 +155,7 @@ def set_up(config: OnlineDPOConfig, tokenizer: PreTrainedTokenizerBase, resource
     policy = model_of(config, gradient_checkpointing=config.gradient_checkpointing)
     check_lengths(config, prompts + held_out, context=context_length(policy))
     engine = resources.enter_context(opened_engine(config, policy, tokenizer))
-    groups = config.per_device_train_batch_size * config.gradient_accumulation_steps // config.num_generations
+    groups = step_size(config) // config.num_generations
     steps = ceil(config.num_train_epochs * len(prompts) / groups)
     return Setup(
         prompts=prompts,
@@ -246,6 +248,7 @@ def evaluate(setup: Setup, journal: Journal, progress: Progress) -> None:
     sampler = replace(setup.sampler, num_generations=1, seed=setup.sampler.seed + 1)
     sampler.engine.load_weights(setup.policy, progress.step)
     found = collect(sampler, setup.held_out, range(len(setup.held_out)))
+    sampler.engine.rest()
     metrics = {f"eval/{name}": value for name, value in found.scores.metrics.items() if name.startswith("rewards/")}
     if bool(found.reward.isfinite().any()):
         reward = estimate_by_group(found.scores.total, found.group.tolist())

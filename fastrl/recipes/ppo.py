@@ -15,7 +15,7 @@ from pathlib import Path
 from time import perf_counter
 
 from fastrl.algorithms.control import AdaptiveKL, adapted, exceeds_target_kl
-from fastrl.data.pack import TokenSequence, pack
+from fastrl.data.pack import TokenSequence
 from fastrl.report.completions import samples_of
 from fastrl.report.journal import Journal
 from fastrl.report.preview import completion_rows, print_table
@@ -40,6 +40,7 @@ from fastrl.train.provenance import write_environment
 from fastrl.train.reward_workers import check_error_rates
 from fastrl.train.run_directory import open_run_directory
 from fastrl.train.schedule import learning_rate_at, warmup_length
+from fastrl.train.shares import packed_for_ranks
 from fastrl.train.snapshot import Progress, restore, save
 from fastrl.train.update import update
 
@@ -78,6 +79,7 @@ def run(config: PPOConfig) -> int:
                     max_rounds=0,
                     state=TrainerState(progress.step, setup.total_steps, progress.ordinal / len(setup.prompts)),
                 )
+                setup.sampler.engine.rest()
                 if directory.interrupted():
                     # This round has taught nothing yet: the resumed run samples it again, alike.
                     save(directory, progress, states, journal.offsets(), keep=config.save_total_limit)
@@ -220,7 +222,7 @@ def take_step(
         lr_scale: factor of both learning rates that signals have left.
     """
     roles = setup.roles
-    batches = pack(part, token_budget=config.packing.token_budget, device=roles.policy.device)
+    batches = packed_for_ranks(part, token_budget=config.packing.token_budget, device=roles.policy.device)
     text = pretrain_batches(config, setup, step=step) if part else []
     rate = lr_scale * _learning_rate(config, setup, step, peak=config.learning_rate)
     metrics = update(roles.optimizer, setup.policy_loss, [*batches, *text], config, lr=rate, step=step + 1)
@@ -239,6 +241,7 @@ def evaluate(setup: Setup, journal: Journal, progress: Progress) -> None:
     sampler = replace(setup.sampler, num_generations=1, seed=setup.sampler.seed + 1)
     sampler.engine.load_weights(setup.roles.policy, progress.step)
     found = collect(sampler, setup.held_out, range(len(setup.held_out)))
+    sampler.engine.rest()
     metrics = {f"eval/{name}": value for name, value in found.scores.metrics.items() if name.startswith("rewards/")}
     if bool(found.reward.isfinite().any()):
         reward = estimate_by_group(found.scores.total, found.group.tolist())

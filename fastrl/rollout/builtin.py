@@ -65,6 +65,9 @@ class BuiltinEngine:
             copy_weights(model, self.model)
         self.version = version
 
+    def rest(self) -> None:
+        """Nothing to hand back: it samples from the trainer's own weights, and caches live in `generate` alone."""
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -102,7 +105,7 @@ class BuiltinEngine:
         batches = math.ceil(len(ids) / self.batch_size)
         completions: dict[int, Completion] = {}
         longest = max((len(fed[i]) + limits[i] for i in order), default=0)
-        with torch.no_grad(), _evaluating(self.model), _prepared(self.stepper, longest):
+        with torch.no_grad(), evaluating(self.model), _prepared(self.stepper, longest):
             for b in range(batches):
                 members = order[len(ids) * b // batches : len(ids) * (b + 1) // batches]
                 start = [len(begun[i]) for i in members]
@@ -159,7 +162,7 @@ def _prepared(stepper: Stepper, context: int) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, and afterwards each module's own mode again: a frozen part may have been in eval mode all along."""
     training = [module for module in model.modules() if module.training]
     model.eval()

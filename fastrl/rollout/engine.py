@@ -151,3 +151,7 @@ class Engine(Protocol):
     def load_weights(self, model: nn.Module, version: int) -> None:
         """Make the next `generate` sample from `model`'s weights and stamp `version` on its rollouts."""
         ...
+
+    def rest(self) -> None:
+        """No call of `generate` comes before the next `load_weights`: hand memory back until then, if that helps."""
+        ...
