@@ -7,6 +7,7 @@ one coefficient per row and statistic. `linear_token_loss` is the same waist wit
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +39,9 @@ from fastrl.ops.token_stats import RowGrads, RowStats, TokenStats, reference_sta
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# mapped logits [C, V], not to be kept or changed; places of their rows
+Observer = Callable[[Tensor, slice], None]
+
 CACHE_GIB = 0.25  # small heads are never recomputed; a large one trades 2.3 GiB per 8192 rows x 151936 tokens
 
 _IMPLEMENTATIONS = Implementations("linear_logprob", triton="fastrl.kernels.token_stats")
@@ -56,6 +60,7 @@ def linear_logprob(
     valid_vocab: int | None = None,
     cache_gib: float | None = None,
     process_group: ProcessGroup | None = None,
+    observe: Observer | None = None,
     chunk_rows: int | None = None,
     batch_invariant: bool = False,
     backend: str | None = None,
@@ -81,6 +86,8 @@ def linear_logprob(
             bias are this rank's part [V / ranks, ..], targets and valid_vocab still count all tokens, and everything
             else is the same on every rank. All ranks must call. A DTensor cut along dimension 0 by this group will
             do, and its parts may differ in size. None: weight is the whole vocabulary, perhaps a replicated DTensor.
+        observe: is shown each chunk's z [C, V] and the slice of its rows once, in order, without gradient: what a
+            caller wants of the logits besides (an argmax, a mean) costs no second product. Of one rank's vocabulary.
         chunk_rows: rows worked on at a time; None fits a memory budget. Changes rounding only.
         batch_invariant: give a row the same bits in every batch: the statistics come out of a Triton product with
             fixed tiles, never out of a product that may sum in another order for other N; nothing is cached. Triton
@@ -115,10 +122,10 @@ def linear_logprob(
         "batch_invariant": batch_invariant,
         "backend": backend,
     }
-    if is_declared(hidden, weight, process_group, backend):
+    if observe is None and is_declared(hidden, weight, process_group, backend):
         return TokenStats(*declared_logprob(hidden, weight, target, **options))
     call = _uncompiled if torch.compiler.is_compiling() else _linear_logprob
-    return call(hidden, weight, target, process_group=process_group, **options)
+    return call(hidden, weight, target, process_group=process_group, observe=observe, **options)
 
 
 def _linear_logprob(
@@ -133,6 +140,7 @@ def _linear_logprob(
     logit_scale: float,
     valid_vocab: int | None,
     process_group: ProcessGroup | None,
+    observe: Observer | None,
     cache_gib: float | None,
     chunk_rows: int | None,
     batch_invariant: bool,
@@ -159,34 +167,29 @@ def _linear_logprob(
     check_chunk_rows(chunk_rows)
     if cache_gib is not None and not 0 <= cache_gib < math.inf:
         raise ValueError(f"cache_gib must be finite and not negative, got {cache_gib}")
+    if observe is not None and (process_group is not None or batch_invariant):
+        raise ValueError("observe sees logits, which process_group cuts and batch_invariant never makes: leave it out")
     if batch_invariant and lora is not None:
         raise ValueError("batch_invariant has no fixed tiles for lora: merge it into weight with weight + scale b @ a")
     if batch_invariant and hidden.dtype == torch.float64:
         raise ValueError("batch_invariant is for float32, bfloat16 and float16, got torch.float64: cast with .float()")
     chosen = choose(backend, hidden, _IMPLEMENTATIONS)
     check_backend(chosen, shard)
+    logit_map = LogitMap(logit_scale, softcap, temperature)
     if chosen == "reference" and not batch_invariant:
-        return reference(
-            hidden,
-            weight,
-            target,
-            bias=bias,
-            lora=lora,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            valid_vocab=valid_vocab,
-        )
+        weight, bias = adapted(weight, lora)[:valid_vocab], None if bias is None else bias[:valid_vocab]
+        z = reference_logits(hidden, weight, bias, logit_map)
+        if observe is not None:
+            observe(z.detach(), slice(0, len(z)))
+        return reference_stats(z, target)
     kernels = row_kernels(chosen, batch_invariant=batch_invariant)
-    setting = HeadSetting(
-        LogitMap(logit_scale, softcap, temperature), kernels, shard, 1.0 if lora is None else lora.scale
-    )
+    setting = HeadSetting(logit_map, kernels, shard, 1.0 if lora is None else lora.scale)
     tensors, setting = local_head(weight, bias, lora, setting, valid_vocab)
     size = chunk_rows or default_chunk_rows(hidden.shape[0], setting.widest(tensors), hidden.device)
     cache_bytes = int((CACHE_GIB if cache_gib is None else cache_gib) * 2**30)
     if batch_invariant or not torch.is_grad_enabled():
         cache_bytes = 0
-    return TokenStats(*_LinearLogprob.apply(hidden, *tensors, setting, target, size, cache_bytes))
+    return TokenStats(*_LinearLogprob.apply(hidden, *tensors, setting, target, size, cache_bytes, observe))
 
 
 _uncompiled = _disable_dynamo(_linear_logprob)
@@ -231,6 +234,7 @@ class _LinearLogprob(torch.autograd.Function):
         target: Tensor,
         size: int,
         cache_bytes: int,
+        observe: Observer | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         tensors, needs = HeadTensors(weight, bias, lora_a, lora_b), Needs(*ctx.needs_input_grad[:5])
         room = 0 if setting.logit_map.softcap is not None or not any(needs) else cache_bytes
@@ -240,7 +244,7 @@ class _LinearLogprob(torch.autograd.Function):
             stats = hidden.new_empty((3, hidden.shape[0]), dtype=accumulation_dtype(hidden))
             for rows in chunks(hidden.shape[0], size):
                 room -= (rows.stop - rows.start) * weight.shape[0] * hidden.element_size()
-                of_chunk, probability = _chunk_stats(head, hidden[rows], target[rows], rows, keep=room >= 0)
+                of_chunk, probability = _chunk_stats(head, hidden[rows], target[rows], rows, observe, keep=room >= 0)
                 stats[:, rows] = torch.stack(of_chunk[:3])
                 if probability is not None:
                     kept.append(probability)
@@ -268,18 +272,22 @@ class _LinearLogprob(torch.autograd.Function):
             None if grad is None else grad.to(x.dtype)
             for grad, x in zip((d_hidden, d_weight, *others), (hidden, *tensors), strict=True)
         )
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def _chunk_stats(
-    head: HeadOperands, hidden: Tensor, target: Tensor, rows: slice, *, keep: bool
+    head: HeadOperands, hidden: Tensor, target: Tensor, rows: slice, observe: Observer | None, *, keep: bool
 ) -> tuple[RowStats, Tensor | None]:
     """Statistics of a chunk and, to keep, its probabilities in hidden's dtype."""
     logit_map = head.logit_map.rows(rows)
-    if not keep:
+    if not keep and observe is None:
         return head.stats(operand(hidden), target, logit_map), None
     raw = head.raw(operand(hidden))
     stats = head.kernels.stats(raw, target, logit_map)
+    if observe is not None:
+        observe(logit_map.apply(raw), rows)
+    if not keep:
+        return stats, None
     return stats, head.kernels.probability(raw, stats.lse, logit_map, hidden.dtype)
 
 

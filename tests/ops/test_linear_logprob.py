@@ -327,3 +327,28 @@ def test_on_a_gpu_values_and_gradients_are_no_worse_than_plain_autograd(dtype, m
         truth=value_and_grads(reference, *double(x)),
         slack=1e-4,
     )
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("memory", MEMORY)
+def test_an_observer_sees_every_mapped_logit_once_and_changes_nothing(memory, backend):
+    hidden, weight, target = inputs()
+    options = {"temperature": torch.linspace(0.5, 2.0, 37), "softcap": 2.0, "backend": backend, **MEMORY[memory]}
+    seen = []
+    got = linear_logprob(hidden, weight, target, observe=lambda z, rows: seen.append((rows, z.clone())), **options)
+    z = 2 * torch.tanh(hidden @ weight.T / 2) / options["temperature"][:, None]
+    torch.testing.assert_close(torch.cat([part for _, part in seen]), z, rtol=1e-5, atol=1e-5)
+    assert [rows.start for rows, _ in seen] == [0, *(rows.stop for rows, _ in seen[:-1])]
+    assert not any(part.requires_grad for _, part in seen)
+    for with_observer, without in zip(got, linear_logprob(hidden, weight, target, **options), strict=True):
+        assert torch.equal(with_observer, without)
+
+
+def test_an_observer_costs_no_product():
+    hidden, weight, target = inputs()
+    assert gemm_flops(lambda: linear_logprob(hidden, weight, target, observe=lambda z, rows: None)) == 2 * 37 * 16 * 509
+
+
+def test_an_observer_and_a_product_that_makes_no_logits_exclude_each_other():
+    with pytest.raises(ValueError, match="leave it out"):
+        linear_logprob(*inputs(), observe=lambda z, rows: None, batch_invariant=True)
