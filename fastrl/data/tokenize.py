@@ -44,6 +44,7 @@ def render_prompt(
     *,
     tools: Tools | None = None,
     place: str = "",
+    cut: str = "",
 ) -> tuple[int, ...]:
     """What the model is fed before it answers.
 
@@ -54,15 +55,16 @@ def render_prompt(
     Args:
         tools: JSON schemas, or the JSON text of a list of them; for messages only.
         place: source and row, for the error message (`rows.place(i)`).
+        cut: a character that is left out, and over which no token reaches; "" is none.
 
     Raises:
         DataError: the template refuses the messages, no token comes out, or a second BOS is in the text.
         ValueError: messages for a tokenizer without a chat template.
     """
     if isinstance(prompt, str):
-        ids = _encoded(tokenizer, prompt, place)
+        ids = _encoded(tokenizer, prompt, place, cut)
     else:
-        ids = _encoded(tokenizer, _rendered(tokenizer, prompt, tools, True, place), place)
+        ids = _encoded(tokenizer, _rendered(tokenizer, prompt, tools, True, place), place, cut)
     if not ids:
         raise _refused("empty prompt", place, "a prompt of at least one token", "none")
     return ids
@@ -230,9 +232,15 @@ def _rendered(
     return text
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, place: str) -> tuple[int, ...]:
+def encode_pieces(tokenizer: PreTrainedTokenizerBase, text: str, cut: str) -> list[int]:
+    """The ids of `text` as it stands, cut before encoding at every `cut`, which is left out."""
+    pieces = text.split(cut) if cut else [text]
+    return [i for piece in pieces if piece for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, place: str, cut: str = "") -> tuple[int, ...]:
     """The ids of `text`, after one BOS where the tokenizer by itself begins texts with it."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = encode_pieces(tokenizer, text, cut)
     bos = tokenizer.bos_token_id
     if bos is None or tokenizer("")["input_ids"][:1] != [bos]:
         return tuple(ids)

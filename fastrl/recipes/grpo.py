@@ -21,7 +21,6 @@ from fastrl.losses.advantage import multi_objective
 from fastrl.report.completions import samples_of
 from fastrl.report.journal import Journal
 from fastrl.report.preview import completion_rows, print_table
-from fastrl.rewards.resolve import resolve_rewards
 from fastrl.train.algorithm import algorithm_from
 from fastrl.train.attend import attended
 from fastrl.train.collect import Experience, TrainerState, collect, collect_round, reward_columns
@@ -30,6 +29,7 @@ from fastrl.train.contents import contents_of
 from fastrl.train.curriculum import weight_metrics
 from fastrl.train.device import peak_gib
 from fastrl.train.engine import opened_engine
+from fastrl.train.environments import rewards_of
 from fastrl.train.estimate import estimate_by_group
 from fastrl.train.experience_metrics import experience_metrics
 from fastrl.train.export import save_pretrained
@@ -114,7 +114,7 @@ def dry_run(config: GRPOConfig) -> int:
     """
     tokenizer = tokenizer_of(config)
     algorithm = algorithm_from(config)
-    rewards = resolve_rewards(config.reward_funcs, config.reward_weights)
+    rewards = rewards_of(config)
     prompts = prompts_of(config, tokenizer, rewards, config.train_dataset, output_dir=None)
     with opened_engine(config, model_of(config), tokenizer) as engine:
         sampler = replace(

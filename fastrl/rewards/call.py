@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any
 
+from fastrl.rewards.finished import FinishedEnvironment
 from fastrl.rewards.protocol import RewardFunction, function_name, is_async, parameters
 
 LARGEST_REWARD = 3.4028234663852886e38  # float32's: rewards become float32 tensors, where more is infinite
@@ -114,6 +115,8 @@ def _arguments(function: RewardFunction, inputs: Mapping[str, Any], judgement: J
 
 
 def _own_copy(name: str, value: Any) -> Any:
+    if name == "environments":
+        return [FinishedEnvironment(_copied(record)) for record in value]
     if name == "completion_ids":
         return [list(ids) for ids in value]
     return _copied(value) if isinstance(value, list) else value  # not trainer_state and the loggers

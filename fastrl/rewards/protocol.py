@@ -4,7 +4,8 @@
 
 A value is a number; None where the function does not judge the item; or an exception, where judging this one item
 failed. The function may be `async`. Columns are the dataset's, one value per completion. A function that names
-`trainer_state`, `log_extra(column, values)` or `log_metric(name, value)`, or takes `**kwargs`, is given those too.
+`trainer_state`, `log_extra(column, values)` or `log_metric(name, value)`, or takes `**kwargs`, is given those too; in
+a run with environments `environments` as well, what is left of each (`environment_reward.FinishedEnvironment`).
 
 What a function promises about itself (`promises`) decides where it runs and how its batches are cut: see
 `fastrl.rewards.workers`.
@@ -24,7 +25,15 @@ RewardFunction = Callable[..., Any]
 Function = TypeVar("Function", bound=RewardFunction)
 
 # Keyword arguments that every call offers; a dataset column cannot have one of these names.
-STANDARD_INPUTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+STANDARD_INPUTS = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "environments",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+)
 
 
 @dataclass(frozen=True, slots=True)

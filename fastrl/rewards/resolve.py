@@ -10,13 +10,8 @@ A spec is one of
 
 from __future__ import annotations
 
-import ast
 import difflib
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from fastrl.rewards.code_reward import CodeReward
@@ -37,6 +32,7 @@ from fastrl.rewards.protocol import STANDARD_INPUTS, Reward, RewardFunction, fun
 from fastrl.rewards.reasoning_gym import reasoning_gym
 from fastrl.rewards.regex import Regex, compiled, regex
 from fastrl.rewards.repetition import Repetition
+from fastrl.rewards.spec import imported, parsed
 from fastrl.rewards.sudoku import check_puzzle, sudoku
 from fastrl.rewards.tags import TagCounts
 from fastrl.rewards.verifier_gate import check_verifiers
@@ -115,7 +111,7 @@ def resolve_reward(spec: str) -> RewardFunction:
     """
     if spec.startswith("verl:"):
         return verl_reward(resolve_reward(spec.removeprefix("verl:")))
-    target, options = _parsed(spec)
+    target, options = parsed(spec, "reward")
     found = BUILT_IN.get(target) if options is None else WITH_OPTIONS.get(target, BUILT_IN.get(target))
     if found is None:
         found = _imported(target)
@@ -181,61 +177,12 @@ def _check_gold(name: str, check: Callable[[object], object], golds: Sequence[ob
         )
 
 
-def _parsed(spec: str) -> tuple[str, dict[str, Any] | None]:
-    """A spec's target, and its options when it has parentheses."""
-    target, parenthesis, rest = spec.partition("(")
-    if not parenthesis:
-        return spec, None
-    try:
-        call = ast.parse(f"f({rest}", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(option.arg is None for option in call.keywords):
-            raise ValueError
-        return target, {str(option.arg): ast.literal_eval(option.value) for option in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"reward {spec!r}: write options as name=value with literal values, as length(limit=200)"
-        ) from error
-
-
 def _imported(target: str) -> Any:
-    place, colon, attribute = target.rpartition(":")
-    if not colon:
+    if ":" not in target:
         near = difflib.get_close_matches(target, BUILT_IN, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise ValueError(
             f"unknown reward {target!r}. {hint}Built in: {', '.join(BUILT_IN)}; others are package.module:function "
             "or path/to/file.py:function"
         )
-    module = _module_from_file(Path(place)) if place.endswith(".py") else _module(place)
-    names = [name for name in vars(module) if not name.startswith("_")]
-    if attribute not in names:
-        near = difflib.get_close_matches(attribute, names, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"reward {target!r}: {place} has no {attribute!r}{hint}")
-    return getattr(module, attribute)
-
-
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"the reward module {name!r} cannot be imported: {error}") from error
-
-
-def _module_from_file(path: Path) -> Any:
-    if not path.is_file():
-        raise ValueError(f"the reward file {path} does not exist")
-    # One module per file, findable by name: what it defines can then be pickled.
-    name = f"fastrl_reward_{path.resolve().as_posix().replace('/', '_').replace('.', '_')}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
+    return imported(target, "reward")

@@ -64,6 +64,7 @@ def score(
     completion_ids: Sequence[Sequence[int]],
     columns: Mapping[str, Sequence[object]],
     *,
+    environments: Sequence[Mapping[str, object]] | None = None,
     trainer_state: object = None,
     workers: RewardWorkers | None = None,
     gates: Sequence[Gate] = (),
@@ -77,6 +78,8 @@ def score(
         completion_ids: [S] token ids of each completion.
         columns: name -> [S] the dataset's other columns. `prompt`, `completion` and `completion_ids` are left out,
             as TRL does.
+        environments: [S] records of `FinishedEnvironment`, for functions that ask for `environments`; None when
+            the run has none.
         trainer_state: handed to functions that ask for it.
         workers: processes that judge; None judges everything in this one, without time limits.
         gates: which rewards count only where another one holds.
@@ -96,6 +99,7 @@ def score(
         "completions": list(completions),
         "completion_ids": [list(ids) for ids in completion_ids],
         **{name: list(column) for name, column in data.items()},
+        **({} if environments is None else {"environments": list(environments)}),
         "trainer_state": trainer_state,
     }
     if workers is None:
@@ -108,7 +112,7 @@ def score(
     counted = gated(values, names, gates)
     failed = [any(isinstance(judgement.values[s], Fault) for judgement in judgements) for s in range(len(completions))]
     total = tuple(
-        None if failed[s] else _total(rewards, [column[s] for column in counted]) for s in range(len(completions))
+        None if failed[s] else weighted_total(rewards, [column[s] for column in counted]) for s in range(len(completions))
     )
     lengths = [len(ids) for ids in completion_ids]
     return Scores(
@@ -143,7 +147,7 @@ def _check(
             raise ValueError(f"a data column cannot be called {name!r}: reward functions get something else under it")
 
 
-def _total(rewards: Sequence[Reward], item: Sequence[float | None]) -> float | None:
+def weighted_total(rewards: Sequence[Reward], item: Sequence[float | None]) -> float | None:
     """The weighted sum of one item's values; None when none judged it."""
     if all(value is None for value in item):
         return None
@@ -169,12 +173,13 @@ def _metrics(
     for reward, judgement in zip(rewards, judgements, strict=True):
         judged = [value for value in judgement.values if not isinstance(value, Fault)]
         faults = len(judgement.values) - len(judged)
-        metrics |= _mean_and_std(judged, f"rewards/{reward.name}/mean", f"rewards/{reward.name}/std")
+        metrics |= mean_and_std(judged, f"rewards/{reward.name}/mean", f"rewards/{reward.name}/std")
         metrics[f"rewards/{reward.name}/error_rate"] = faults / len(judgement.values)
-    return metrics | _mean_and_std(total, "reward", "reward_std")
+    return metrics | mean_and_std(total, "reward", "reward_std")
 
 
-def _mean_and_std(values: Sequence[float | None], mean_name: str, std_name: str) -> dict[str, float]:
+def mean_and_std(values: Sequence[float | None], mean_name: str, std_name: str) -> dict[str, float]:
+    """The mean and the sample deviation of what is not None, under these names; nothing of nothing."""
     present = [value for value in values if value is not None]
     if not present:
         return {}

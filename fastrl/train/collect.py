@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from time import perf_counter
 from typing import Any
@@ -18,10 +18,15 @@ from fastrl.rewards.protocol import Reward
 from fastrl.rewards.score import RewardError, Scores, score
 from fastrl.rewards.workers import RewardWorkers
 from fastrl.rollout.engine import Engine, Sampling
+from fastrl.rollout.episodes import Episode
 from fastrl.rollout.seeds import request_seed
 from fastrl.train.config import OverlongBlock
+from fastrl.train.environments import Player, opened, record_of
+from fastrl.train.distributed import rank
+from fastrl.train.exchange import of_all_ranks
 from fastrl.train.order import row_at
 from fastrl.train.prompts import Prompt, columns_of
+from fastrl.train.shares import places_of_ranks
 from fastrl.types import Rollout
 
 
@@ -39,6 +44,7 @@ class Sampler:
         overlong: soft punishment added to the reward; a buffer of 0 adds none.
         workers: processes that judge; None judges in this one.
         gates: which rewards count only where another one holds.
+        player: plays episodes with tools; None samples one completion per prompt.
     """
 
     engine: Engine
@@ -50,6 +56,7 @@ class Sampler:
     overlong: OverlongBlock
     workers: RewardWorkers | None = None
     gates: tuple[Gate, ...] = ()
+    player: Player | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +82,7 @@ class Experience:
         scores: what each reward said, their failures and their metrics; `total` is `reward`, with None for NaN.
         seconds: what sampling and judging took, `{"rollout": ..., "reward": ...}`.
         n_drawn: groups sampled to get these; more than there are here when groups without signal were replaced.
+        episodes: [S] turn by turn, when there are tools; else [].
     """
 
     prompts: list[Prompt]
@@ -85,6 +93,7 @@ class Experience:
     scores: Scores
     seconds: dict[str, float]
     n_drawn: int
+    episodes: list[Episode] = field(default_factory=list)
 
 
 def collect(
@@ -96,19 +105,36 @@ def collect(
         prompts: one per ordinal.
         ordinals: place of each prompt in the run, counted over all epochs; also the group's number.
         state: handed to reward functions that ask for `trainer_state`.
+
+    Returns:
+        All groups, in order, on every rank; each rank samples and judges its share of them.
     """
+    own = places_of_ranks(len(prompts))[rank()]
+    part = _own_part(sampler, [prompts[i] for i in own], [ordinals[i] for i in own], state)
+    return of_all_ranks(part, sampler.rewards, prompts, ordinals, num_generations=sampler.num_generations)
+
+
+def _own_part(
+    sampler: Sampler, prompts: Sequence[Prompt], ordinals: Sequence[int], state: TrainerState | None
+) -> Experience:
+    """The groups of this rank; arguments as `collect`."""
     size = sampler.num_generations
     repeated = [prompt for prompt in prompts for _ in range(size)]
     seeds = [request_seed(sampler.seed, ordinal, sample) for ordinal in ordinals for sample in range(size)]
     started = perf_counter()
-    rollouts = sampler.engine.generate([prompt.ids for prompt in repeated], sampler.sampling, seeds=seeds)
+    episodes: list[Episode] = []
+    if sampler.player is None:
+        rollouts = sampler.engine.generate([prompt.ids for prompt in repeated], sampler.sampling, seeds=seeds)
+        completions = _completions(sampler, repeated, rollouts)
+    else:
+        episodes = sampler.player.play(sampler.engine, repeated, seeds, sampler.sampling)
+        rollouts = [episode.rollout for episode in episodes]
+        completions = [episode.messages for episode in episodes]
+        repeated = [
+            replace(prompt, prompt=opened(prompt, episode)) for prompt, episode in zip(repeated, episodes, strict=True)
+        ]
     sampled = perf_counter()
-    # Completions repeat as a policy grows sure of them, and a tokenizer takes longer than a dictionary.
-    text = {ids: sampler.decode(ids) for ids in {rollout.completion_ids for rollout in rollouts}}
-    completions = [
-        _completion(prompt, text[rollout.completion_ids]) for prompt, rollout in zip(repeated, rollouts, strict=True)
-    ]
-    scores = _with_punishment(sampler, rollouts, _judged(sampler, repeated, rollouts, completions, state))
+    scores = _with_punishment(sampler, rollouts, _judged(sampler, repeated, rollouts, completions, episodes, state))
     return Experience(
         prompts=repeated,
         rollouts=rollouts,
@@ -118,6 +144,7 @@ def collect(
         scores=scores,
         seconds={"rollout": sampled - started, "reward": perf_counter() - sampled},
         n_drawn=len(prompts),
+        episodes=episodes,
     )
 
 
@@ -170,6 +197,15 @@ def reward_columns(experience: Experience) -> Tensor:
     return torch.where(experience.reward.isfinite()[:, None], found, torch.nan)
 
 
+def _completions(sampler: Sampler, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Any]:
+    """Each completion as text, or as one assistant message, like its prompt."""
+    # Completions repeat as a policy grows sure of them, and a tokenizer takes longer than a dictionary.
+    text = {ids: sampler.decode(ids) for ids in {rollout.completion_ids for rollout in rollouts}}
+    return [
+        _completion(prompt, text[rollout.completion_ids]) for prompt, rollout in zip(prompts, rollouts, strict=True)
+    ]
+
+
 def _completion(prompt: Prompt, text: str) -> Any:
     return text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}]
 
@@ -179,6 +215,7 @@ def _judged(
     prompts: Sequence[Prompt],
     rollouts: Sequence[Rollout],
     completions: Sequence[Any],
+    episodes: Sequence[Episode],
     state: TrainerState | None,
 ) -> Scores:
     """The scores of a batch; rollouts that the engine failed on are shown to no reward and have no value."""
@@ -190,6 +227,7 @@ def _judged(
         list(compress(completions, is_whole)),
         [rollout.completion_ids for rollout in compress(rollouts, is_whole)],
         columns_of(whole),
+        environments=[record_of(each) for each in compress(episodes, is_whole)] if sampler.player else None,
         trainer_state=state,
         workers=sampler.workers,
         gates=sampler.gates,
@@ -232,6 +270,7 @@ def _selected(experience: Experience, is_kept: Tensor) -> Experience:
         completions=list(compress(experience.completions, kept)),
         group=experience.group[is_kept],
         reward=experience.reward[is_kept],
+        episodes=list(compress(experience.episodes, kept)),
         scores=replace(
             scores,
             values=tuple(tuple(compress(values, kept)) for values in scores.values),
@@ -253,6 +292,7 @@ def _joined(parts: Sequence[Experience]) -> Experience:
         scores=_joined_scores(parts),
         seconds={name: sum(part.seconds[name] for part in parts) for name in parts[0].seconds},
         n_drawn=sum(part.n_drawn for part in parts),
+        episodes=[episode for part in parts for episode in part.episodes],
     )
 
 

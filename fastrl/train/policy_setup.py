@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrl.algorithms.policy_gradient import PolicyGradient
 from fastrl.rewards.gates import check_gates, gates_from
 from fastrl.rewards.protocol import Reward
-from fastrl.rewards.resolve import resolve_rewards
 from fastrl.rollout.builtin import context_length
 from fastrl.rollout.engine import Engine, Sampling
 from fastrl.rollout.seeds import request_seed
@@ -23,11 +22,13 @@ from fastrl.train.config import GRPOConfig, OnPolicyConfig
 from fastrl.train.curriculum import check_schedule, scheduled
 from fastrl.train.device import check_backend, pick_device
 from fastrl.train.engine import opened_engine
+from fastrl.train.environments import check_columns, player_of, rewards_of, tool_schemas
 from fastrl.train.from_config import model_of, optimizer_of, reference_of
 from fastrl.train.learned_rewards import loaded
 from fastrl.train.optimizer import MasterAdamW
-from fastrl.train.prompts import Prompt, load_prompts
+from fastrl.train.prompts import Prompt, columns_of, load_prompts
 from fastrl.train.reward_workers import workers_of
+from fastrl.train.shares import step_size
 from fastrl.train.snapshot import Progress
 
 
@@ -69,15 +70,14 @@ def set_up(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase, resources: Ex
     """
     check_backend(config.kernels.backend, pick_device(config.device))
     algorithm = algorithm_from(config)
-    rewards = resolve_rewards(config.reward_funcs, config.reward_weights)
+    rewards = rewards_of(config)
     load = partial(prompts_of, config, tokenizer, rewards, output_dir=config.output_dir)
     prompts = load(config.train_dataset)
     held_out = load(config.eval_dataset) if config.eval_dataset else []
     policy = model_of(config, gradient_checkpointing=config.gradient_checkpointing)
     check_lengths(config, prompts + held_out, context=context_length(policy))
     engine = resources.enter_context(opened_engine(config, policy, tokenizer))
-    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    groups = batch_size * config.steps_per_generation // config.num_generations
+    groups = step_size(config) * config.steps_per_generation // config.num_generations
     rounds = ceil(config.num_train_epochs * len(prompts) / groups)
     steps_of_rounds = rounds * config.steps_per_generation * config.num_iterations
     return Setup(
@@ -102,14 +102,17 @@ def prompts_of(
     output_dir: str | None,
 ) -> list[Prompt]:
     """Return the prompts of one of the run's files; `load_prompts` says what is refused."""
-    return load_prompts(
+    prompts = load_prompts(
         path,
         tokenizer,
         config.data,
         rewards,
         max_prompt_length=config.rollout.max_prompt_length,
         output_dir=output_dir,
+        tools=tool_schemas(config.environment),
     )
+    check_columns(config.environment, columns_of(prompts))
+    return prompts
 
 
 def sampler_of(
@@ -141,6 +144,7 @@ def sampler_of(
         overlong=config.overlong,
         workers=workers_of(config.rewards),
         gates=gates,
+        player=player_of(config, tokenizer),
     )
 
 

@@ -19,6 +19,7 @@ from fastrl.data.tokenize import render_prompt
 from fastrl.rewards.protocol import Reward
 from fastrl.rewards.resolve import check_rewards
 from fastrl.train.config import DataBlock
+from fastrl.train.distributed import is_first
 
 REJECTED_FILE = "rejected.jsonl"
 
@@ -78,6 +79,7 @@ def load_prompts(
     *,
     max_prompt_length: int | None,
     output_dir: str | None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[Prompt]:
     """Read prompts, render them to token ids, and check that every reward can judge every row.
 
@@ -86,6 +88,8 @@ def load_prompts(
         rewards: those of the run; empty when nothing is judged.
         max_prompt_length: prompts with more tokens are refused.
         output_dir: where `rejected.jsonl` goes; None writes nothing.
+        tools: schemas of the run's tools, which every prompt is rendered with; prompts must then be messages, and
+            rows have no tools of their own.
 
     Raises:
         DataError: bad rows, or prompts that are too long, with their places.
@@ -96,7 +100,9 @@ def load_prompts(
     refused: list[Rejected] = []
     for index, row in enumerate(rows):
         try:
-            ids = render_prompt(tokenizer, row["prompt"], tools=row.get("tools"), place=rows.place(index))
+            if tools is not None:
+                _check_agent_row(row, rows.place(index))
+            ids = render_prompt(tokenizer, row["prompt"], tools=tools or row.get("tools"), place=rows.place(index))
             if max_prompt_length is not None and len(ids) > max_prompt_length:
                 expected = f"at most rollout.max_prompt_length = {max_prompt_length} tokens"
                 raise DataError([Problem("prompt too long", "/prompt", expected, str(len(ids)), rows.place(index))])
@@ -111,13 +117,23 @@ def load_prompts(
     return prompts
 
 
+def _check_agent_row(row: Mapping[str, Any], place: str) -> None:
+    """Refuse a row to which the run's tools cannot be shown."""
+    if isinstance(row["prompt"], str):
+        expected = "messages, as tools are shown by a chat template; set data.apply_chat_template"
+        raise DataError([Problem("plain prompt", "/prompt", expected, "text", place)])
+    if row.get("tools"):
+        raise DataError([Problem("tools of a row", "/tools", "no tools beside the environment's", "some", place)])
+
+
 def set_aside(rejected: Sequence[Rejected], data: DataBlock, *, output_dir: str | None, is_all: bool = False) -> None:
     """Deal with refused rows as `data.skip_bad_rows` says: raise, or write them down and go on.
 
     Each goes to `rejected.jsonl` once, with its place and the reasons, also when a run is resumed or reads two files.
 
     Args:
-        output_dir: None writes nothing, as a dry run must; the number is printed to standard error either way.
+        output_dir: None writes nothing, as a dry run must; the number is printed to standard error either way. Of
+            several ranks, which all read the same file, the first prints and writes.
         is_all: nothing is left without them.
 
     Raises:
@@ -127,6 +143,8 @@ def set_aside(rejected: Sequence[Rejected], data: DataBlock, *, output_dir: str 
         return
     if is_all or not data.skip_bad_rows:
         raise DataError([problem for each in rejected for problem in each.problems])
+    if not is_first():
+        return
     print(f"skipped {len(rejected)} bad rows, the first: {rejected[0].problems[0]}", file=sys.stderr)
     if output_dir is None:
         return

@@ -2,6 +2,8 @@
 
 output_dir/run.json     the configuration
 output_dir/owner.json   who holds the lock; the lock itself is the kernel's and ends with the process
+
+Of several ranks the first alone holds the lock and writes; what a run decides (a signal to stop) they decide together.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fastrl.train.distributed import any_of, from_first, gather, is_first, rank, size
 from fastrl.train.durable import write_text
 from fastrl.train.interrupt import Interrupt
 
@@ -32,6 +36,8 @@ NOT_SEMANTIC = (
     "kernels",
     "rewards",
     "rollout.batch_size",
+    "environment.workers",
+    "distributed",
     "signals",  # a run that a signal stopped goes on with other limits; what a signal does is in signals.jsonl
     "gradient_checkpointing",
     "attn_implementation",
@@ -44,6 +50,8 @@ NOT_SEMANTIC = (
     "on_nonfinite",
 )
 
+BATCH_FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps", "ranks")
+
 
 class RunDirectoryError(ValueError):
     """The directory is another run's, or this run may not go on in it."""
@@ -52,24 +60,30 @@ class RunDirectoryError(ValueError):
 class RunDirectory:
     """Owner of a run's directory: holds its lock and listens for signals until `close` or the end of its `with`.
 
+    Args:
+        lock: None on ranks that do not hold it.
+
     Attributes:
         path: the directory.
     """
 
-    def __init__(self, path: Path, lock: int) -> None:
+    def __init__(self, path: Path, lock: int | None) -> None:
         self.path = path
-        self._lock: int | None = lock
+        self._lock = lock
         self._interrupt = Interrupt()
         self._interrupt.__enter__()
 
     def interrupted(self) -> bool:
-        """Whether SIGTERM or Ctrl-C has asked the run to save and exit with `EXIT_INTERRUPTED`."""
-        return self._interrupt.requested()
+        """Whether SIGTERM or Ctrl-C has asked the run to save and exit with `EXIT_INTERRUPTED`.
+
+        All ranks must ask, and get the same answer: yes when any of them was asked to stop.
+        """
+        return any_of(self._interrupt.requested(), "the word on whether to stop")
 
     def close(self) -> None:
         """Give the lock back and restore the signal handlers; a second call does nothing."""
+        self._interrupt.__exit__(None, None, None)
         if self._lock is not None:
-            self._interrupt.__exit__(None, None, None)
             os.close(self._lock)
             self._lock = None
 
@@ -83,17 +97,25 @@ class RunDirectory:
 
 
 def open_run_directory(output_dir: str | Path, config: Mapping[str, Any], *, resume: str | None) -> RunDirectory:
-    """Take `output_dir` for this process and record what runs there.
+    """Take `output_dir` for this process, or for all ranks at once, and record what runs there.
 
     Args:
-        config: the run's configuration as nested JSON values (`dataclasses.asdict`).
+        config: the run's configuration as nested JSON values (`dataclasses.asdict`); the number of ranks is added.
         resume: None for a new run; "auto" or a checkpoint to go on with one.
 
     Raises:
         RunDirectoryError: another process runs there; it is used and `resume` is None; or the run to resume
-            differs in a field that changes the result (the differences are listed).
+            differs in a field that changes the result (the differences are listed), or the configurations of the ranks.
     """
+    record = {**config, "ranks": size()}
+    _check_same_everywhere(record)
     path = Path(output_dir)
+    lock = from_first(lambda: _taken(path, record, resume=resume), "the run directory")
+    return RunDirectory(path, lock if is_first() else None)
+
+
+def _taken(path: Path, config: Mapping[str, Any], *, resume: str | None) -> int:
+    """Descriptor of the lock of a run directory that may be used."""
     if path.exists() and not path.is_dir():
         raise RunDirectoryError(f"output_dir {path} is a file; choose another --output_dir")
     path.mkdir(parents=True, exist_ok=True)
@@ -110,7 +132,7 @@ def open_run_directory(output_dir: str | Path, config: Mapping[str, Any], *, res
         if used:
             _check_same_run(stored, config)
         write_text(stored, json.dumps(config, indent=1, sort_keys=True) + "\n")
-        return RunDirectory(path, lock)
+        return lock
     except BaseException:
         os.close(lock)
         raise
@@ -127,9 +149,12 @@ def hold_directory(path: Path) -> RunDirectory:
 
 
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`field: old -> new` for every field that changes the result, in alphabetical order; absent ones say so."""
+    """`field: old -> new` for every field that changes the result, in alphabetical order; absent ones say so.
+
+    The size of a step changes it, not who computes it: the product of `BATCH_FIELDS` is compared.
+    """
     # What is stored went through JSON: a tuple is a list there.
-    before, after = _flat(json.loads(json.dumps(old))), _flat(json.loads(json.dumps(new)))
+    before, after = (_with_step_size(_flat(json.loads(json.dumps(each)))) for each in (old, new))
     names = sorted(name for name in before.keys() | after.keys() if not _is_free(name))
     shown = [
         (n, json.dumps(before[n]) if n in before else "absent", json.dumps(after[n]) if n in after else "absent")
@@ -152,6 +177,22 @@ def _check_same_run(stored: Path, config: Mapping[str, Any]) -> None:
             f"the run in {stored.parent} was started with another configuration; take these back, "
             f"or use another --output_dir: {'; '.join(differences)}"
         )
+
+
+def _check_same_everywhere(config: Mapping[str, Any]) -> None:
+    """Refuse ranks that were started with different configurations, data or models."""
+    for number, theirs in enumerate(gather(config, "the configurations of the others")):
+        if differences := config_differences(theirs, config):
+            raise RunDirectoryError(
+                f"rank {number} was started with another configuration than rank {rank()}; every rank needs the same "
+                f"files and flags: {'; '.join(differences)}"
+            )
+
+
+def _with_step_size(fields: dict[str, Any]) -> dict[str, Any]:
+    sizes = [fields.pop(name, None) for name in BATCH_FIELDS]
+    given = [each for each in sizes if each is not None]
+    return fields | ({" x ".join(BATCH_FIELDS): prod(given)} if given else {})
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -38,6 +38,7 @@ from fastrl.train.config import (
     TrainConfig,
 )
 from fastrl.train.validate_distillation import distill_problems, gkd_problems, teacher_problems
+from fastrl.train.validate_environment import environment_problems
 from fastrl.train.validate_files import dataset_problem, file_problem, model_problem, writable_problem
 from fastrl.train.validate_lora import lora_problems
 from fastrl.train.validate_ppo import ppo_problems
@@ -51,6 +52,7 @@ from fastrl.train.validate_preference import (
     reference_problems,
 )
 from fastrl.train.validate_ranges import range_problems
+from fastrl.train.validate_ranks import launched_step_size, ranks_problems
 from fastrl.train.validate_reward_model import prm_problems, reward_problems
 from fastrl.train.validate_rewards import reward_problem
 from fastrl.train.validate_rlaif import rlaif_problems
@@ -157,7 +159,8 @@ def _sft(config: SFTConfig) -> Problems:
 
 
 def _grpo(config: GRPOConfig) -> Problems:
-    yield from _rewards(config.reward_funcs)
+    if config.environment.factory is None or config.reward_funcs:  # an environment may judge itself
+        yield from _rewards(config.reward_funcs)
     if config.reward_weights is not None and len(config.reward_weights) != len(config.reward_funcs):
         yield (
             f"reward_weights: needs one number for each of the {len(config.reward_funcs)} reward_funcs, "
@@ -182,14 +185,15 @@ def _groups(config: GRPOConfig) -> Problems:
     size = config.num_generations
     if size < 2 and config.algorithm in COMPARES_GROUPS:
         yield f"num_generations: {config.algorithm} compares completions of one prompt; set at least 2"
-    steps = config.gradient_accumulation_steps * config.steps_per_generation
     per_device = config.per_device_train_batch_size
+    steps = launched_step_size(config) // per_device * config.steps_per_generation
     if per_device * steps % size:
         unit = size // gcd(size, steps)
         fitting = [n for n in (per_device // unit * unit, (per_device // unit + 1) * unit) if n]
         yield (
-            f"num_generations: per_device_train_batch_size x gradient_accumulation_steps x steps_per_generation = "
-            f"{per_device} x {config.gradient_accumulation_steps} x {config.steps_per_generation} = "
+            f"num_generations: per_device_train_batch_size x gradient_accumulation_steps x steps_per_generation "
+            f"{times_ranks()}= 
+            f"{per_device} x {config.gradient_accumulation_steps} x {config.steps_per_generation}{n_ranks} = "
             f"{per_device * steps} completions are no whole number of groups of {size}; "
             f"set per_device_train_batch_size to {' or '.join(map(str, fitting))}"
         )
@@ -299,8 +303,10 @@ def _generate(config: GenerateConfig) -> Problems:
 RULES: tuple[tuple[type, Callable[[Any], Problems]], ...] = (
     (TrainConfig, _train),
     (TrainConfig, lora_problems),
+    (TrainConfig, ranks_problems),
     (SFTConfig, _sft),
     (OnPolicyConfig, composition_problems),
+    (OnPolicyConfig, environment_problems),
     (OnPolicyConfig, signal_problems),
     (GRPOConfig, _grpo),
     (GRPOConfig, aggregation_problems),

@@ -20,7 +20,7 @@ def reward_problem(spec: str, *, key: str = "reward_funcs") -> Iterator[str]:
     target = spec.removeprefix("verl:").partition("(")[0]
     place, colon, name = target.rpartition(":")
     if colon:
-        yield from _imported(key, spec, place, name)
+        yield from imported_problem(key, spec, place, name)
         return
     try:
         found = resolve_reward(spec)  # a built-in, so nothing of the user's is imported
@@ -34,7 +34,8 @@ def reward_problem(spec: str, *, key: str = "reward_funcs") -> Iterator[str]:
         yield from (problem.replace("model_name_or_path", f"{key}: {target}", 1) for problem in wrong)
 
 
-def _imported(key: str, spec: str, place: str, name: str) -> Iterator[str]:
+def imported_problem(key: str, spec: str, place: str, name: str) -> Iterator[str]:
+    """Problem with `place:name`, a name in a module or file, for the entry `spec` of the option `key`."""
     if place.endswith(".py"):
         source: str | None = place
     else:

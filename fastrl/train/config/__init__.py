@@ -6,6 +6,8 @@ Nothing here imports torch: a wrong key is refused before anything heavy is load
 
 from fastrl.train.config.blocks import DataBlock, KernelsBlock, PackingBlock, ReportBlock, RewardsBlock, RolloutBlock
 from fastrl.train.config.distillation import DistillConfig, GKDConfig, TeacherConfig
+from fastrl.train.config.distributed import DistributedBlock
+from fastrl.train.config.environment import EnvironmentBlock
 from fastrl.train.config.grpo import DynamicSamplingBlock, GRPOConfig, SamplerCorrectionBlock
 from fastrl.train.config.inference import DemoConfig, EvalConfig, GenerateConfig, InferenceConfig
 from fastrl.train.config.on_policy import OnPolicyConfig, OverlongBlock
@@ -33,7 +35,9 @@ __all__ = [
     "DataBlock",
     "DemoConfig",
     "DistillConfig",
+    "DistributedBlock",
     "DynamicSamplingBlock",
+    "EnvironmentBlock",
     "EvalConfig",
     "GKDConfig",
     "GRPOConfig",

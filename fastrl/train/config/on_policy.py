@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fastrl.train.config.blocks import RewardsBlock, RolloutBlock
+from fastrl.train.config.environment import EnvironmentBlock
 from fastrl.train.config.signals import SignalsBlock
 from fastrl.train.config.training import TrainConfig
 
@@ -44,6 +45,7 @@ class OnPolicyConfig(TrainConfig):
         overlong: soft punishment of long completions.
         rollout: how completions are sampled.
         rewards: how reward functions run.
+        environment: tools that the policy may call while it samples.
         signals: detectors of training gone wrong, and what they do.
     """
 
@@ -62,4 +64,5 @@ class OnPolicyConfig(TrainConfig):
     overlong: OverlongBlock = OverlongBlock()
     rollout: RolloutBlock = RolloutBlock()
     rewards: RewardsBlock = RewardsBlock()
+    environment: EnvironmentBlock = EnvironmentBlock()
     signals: SignalsBlock = SignalsBlock()

@@ -1,0 +1,130 @@
+"""Environments and tools from their names in a configuration.
+
+A spec is one of
+    calculator                      a built-in tool
+    search(corpus=corpus.jsonl)     a built-in tool, or any class or factory, with literal options
+    package.module:name             a function or class that can be imported
+    environments/mine.py:name       one in a file
+A class is an environment or a set of tools: its public methods. A function is a tool; as a factory, it makes one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType
+from typing import Any
+
+from fastrl.rewards.spec import imported, parsed
+from fastrl.rollout.environment import Environment, Tool, methods_of
+from fastrl.rollout.tools import Search, calculator
+from fastrl.train.config import EnvironmentBlock
+from fastrl.train.python_tool import Python
+
+BUILT_IN: Mapping[str, Tool | type] = {"calculator": calculator, "search": Search, "python": Python}
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentSpec:
+    """What makes an environment of a run, anywhere.
+
+    Attributes:
+        factory: makes the instance; None when there are tools alone.
+        owner: the class of the instance.
+        tools: functions, or classes made without further arguments, whose public methods are tools.
+    """
+
+    factory: Callable[[], Any] | None
+    owner: type | None
+    tools: tuple[Callable[..., Any], ...]
+
+    def make(self) -> Environment:
+        """Return a fresh environment; what the user's constructor raises goes through."""
+        tools = [tool for each in self.tools for tool in (methods_of(each()) if _is_class(each) else [each])]
+        return Environment(None if self.factory is None else self.factory(), tools)
+
+    def functions(self) -> list[Tool]:
+        """The tools for their signatures and docstrings, without making an instance of anything."""
+        owners = [_class_of(each) for each in self.tools if _is_class(each)]
+        found: list[Tool] = [each for each in self.tools if not _is_class(each)]
+        for owner in [*owners, *([] if self.owner is None else [self.owner])]:
+            found += [MethodType(method, owner) for method in methods_of(owner)]
+        return found
+
+
+def environment_spec(block: EnvironmentBlock) -> EnvironmentSpec:
+    """Resolve the names in a configuration.
+
+    Raises:
+        ValueError: a name, module or file that does not exist, an environment without `reset`, or no tool at all.
+    """
+    factory = None if block.factory is None else _resolved(block.factory, "environment.factory")
+    owner: type | None = None
+    if factory is not None:
+        owner = _class_of(factory) if _is_class(factory) else type(factory())
+        if not callable(getattr(owner, "reset", None)):
+            raise ValueError(f"environment.factory {block.factory!r} needs a method reset; {owner.__name__} has none")
+    tools = tuple(_resolved(spec, "environment.tools") for spec in block.tools)
+    found = EnvironmentSpec(factory, owner, tools)
+    names = [tool.__name__ for tool in found.functions()]
+    if not names:
+        raise ValueError("the environment has no tool: give its class a public method, or set environment.tools")
+    if len(set(names)) != len(names):
+        raise ValueError(f"tools need different names, got {', '.join(names)}; rename one")
+    return found
+
+
+def schemas_of(functions: Sequence[Tool]) -> list[dict[str, Any]]:
+    """JSON schemas of tools from their type hints and Google-style docstrings, as chat templates take them.
+
+    Raises:
+        ValueError: a parameter without a type or a description.
+    """
+    from transformers.utils import get_json_schema  # lazily: workers import this module, and have no use for it
+
+    schemas = []
+    for function in functions:
+        try:
+            schemas.append(get_json_schema(function))
+        except Exception as error:  # of several kinds, all about the user's docstring
+            raise ValueError(
+                f"the tool {function.__name__} needs a type for each parameter and a Google-style docstring that "
+                f"describes each under Args: {error}"
+            ) from error
+    return schemas
+
+
+def _resolved(spec: str, key: str) -> Callable[..., Any]:
+    target, options = parsed(spec, key)
+    found = BUILT_IN.get(target)
+    if found is None:
+        if ":" not in target:
+            near = difflib.get_close_matches(target, BUILT_IN, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"{key}: unknown tool {target!r}. {hint}Built in: {', '.join(BUILT_IN)}; others are "
+                "package.module:name or path/to/file.py:name"
+            )
+        found = imported(target, key)
+    if not callable(found):
+        raise ValueError(f"{key} {spec!r} is not a class or function but {type(found).__name__}")
+    if options:
+        try:
+            inspect.signature(found).bind(**options)
+        except TypeError as error:
+            raise ValueError(f"{key} {spec!r} cannot be made: {error}") from error
+        return partial(found, **options)
+    return found
+
+
+def _is_class(found: Callable[..., Any]) -> bool:
+    return isinstance(found.func if isinstance(found, partial) else found, type)
+
+
+def _class_of(found: Callable[..., Any]) -> type:
+    inner = found.func if isinstance(found, partial) else found
+    assert isinstance(inner, type)
+    return inner
