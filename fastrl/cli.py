@@ -83,6 +83,7 @@ OTHERS = {
     "config": "Write, check or describe configuration: fastrl config init|check|schema.",
     "kernels": "List, compile or check the kernels: fastrl kernels list|audit|check.",
     "report": "Audit the log of a run: fastrl report signals RUN.",
+    "plan": "Time and memory of a step by arithmetic: fastrl plan --model qwen3-0.6b --gpu h200.",
     "env": "What is installed, which devices and backends would be used: fastrl env [sandbox].",
 }
 ENV_USAGE = "usage: fastrl env [--json] | sandbox"
@@ -138,6 +139,10 @@ def _dispatch(arguments: Sequence[str]) -> int:
             from fastrl.command.report import run as report
 
             return report(rest)
+        case ["plan", *rest]:
+            from fastrl.command.plan import run as plan
+
+            return plan(rest)
         case ["run", *rest]:
             return _run_file(rest)
         case [name, *rest] if name in RECIPES:

@@ -36,9 +36,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "train",
         "report",
     },
+    "plan": set(),
     "testing": {"types", "ops"},
     "cli": {"recipes", "train", "ops", "command"},
-    "command": {"recipes", "train", "ops", "cli", "testing", "rewards"},
+    "command": {"recipes", "train", "ops", "cli", "testing", "rewards", "plan"},
 }
 # Parts whose imports of fastrl must sit inside functions, so that importing them stays light.
 LAZY_ONLY = {

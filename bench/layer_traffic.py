@@ -1,0 +1,168 @@
+"""Counts what a decoder layer reads, writes, keeps and launches: `python -m bench.layer_traffic`.
+
+A layer's cost for one token is linear in D, in I and in (heads + kv_heads) head_dim. Two models that differ in one of
+them, less the same two with one layer fewer, give its coefficient. Nothing is timed, so any machine gives the same.
+The figures stand in `fastrl.plan.layers`; a test compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from fastrl.data.pack import TokenSequence, pack
+from fastrl.train.model import hidden_states, make_packed
+
+SEQUENCES, POSITIONS = 1, 256  # one sequence: attention over several is bucketed on a CPU, which copies
+PRODUCTS = ("aten.mm", "addmm", "bmm", "attention", "linear", "flash")
+# Operators that move no data.
+VIEWS = (
+    *("view", "reshape", "transpose", "aten.t.", "detach", "expand", "slice", "split", "squeeze", "permute"),
+    *("alias", "select.int", "empty", "as_strided", "unbind", "_local_scalar"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counted:
+    """Of one token and layer: bytes forward, backward and kept; of one layer and micro-batch: kernels."""
+
+    forward: float
+    backward: float
+    kept: float
+    launches: float
+
+
+class Traffic(TorchDispatchMode):
+    """Adds up the inputs and outputs of every operator but products, attention and views.
+
+    Attributes:
+        bytes: read and written.
+        launches: operators, products included.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self.launches = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(func)
+        if not any(view in name for view in VIEWS):
+            self.launches += 1
+            if not any(product in name for product in PRODUCTS):
+                tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+                self.bytes += sum(x.numel() * x.element_size() for x in tensors)
+        return result
+
+
+def qwen3(hidden: int, intermediate: int, heads: int, kv_heads: int, layers: int) -> PreTrainedModel:
+    """A random Qwen3 with heads of 32."""
+    return Qwen3ForCausalLM(Qwen3Config(**_sizes(hidden, intermediate, heads, kv_heads, layers)))
+
+
+def llama(hidden: int, intermediate: int, heads: int, kv_heads: int, layers: int) -> PreTrainedModel:
+    """A random Llama with heads of 32."""
+    return LlamaForCausalLM(LlamaConfig(**_sizes(hidden, intermediate, heads, kv_heads, layers)))
+
+
+def coefficients(make: Callable[..., PreTrainedModel], dtype: torch.dtype) -> dict[str, Counted]:
+    """What one more unit of D, I, heads * head_dim and kv_heads * head_dim costs, and one layer's launches.
+
+    Args:
+        make: (hidden, intermediate, heads, kv_heads, layers) -> model.
+        dtype: float32 on a CPU runs the native layers where they are built.
+    """
+    base = (128, 256, 4, 2)
+    plain = _of_a_layer(make, base, dtype)
+    wider = {
+        "hidden": ((256, 256, 4, 2), 128),
+        "intermediate": ((128, 512, 4, 2), 256),
+        "heads": ((128, 256, 8, 2), 128),
+        "kv_heads": ((128, 256, 4, 4), 64),
+    }
+    found = {}
+    for name, (sizes, units) in wider.items():
+        other = _of_a_layer(make, sizes, dtype)
+        found[name] = Counted(
+            forward=(other.forward - plain.forward) / units,
+            backward=(other.backward - plain.backward) / units,
+            kept=(other.kept - plain.kept) / units,
+            launches=plain.launches,
+        )
+    return found
+
+
+def _of_a_layer(make: Callable[..., PreTrainedModel], sizes: tuple[int, ...], dtype: torch.dtype) -> Counted:
+    more, less = _counted(make(*sizes, 3), dtype), _counted(make(*sizes, 2), dtype)
+    return Counted(
+        forward=more.forward - less.forward,
+        backward=more.backward - less.backward,
+        kept=more.kept - less.kept,
+        launches=more.launches - less.launches,
+    )
+
+
+def _counted(model: PreTrainedModel, dtype: torch.dtype) -> Counted:
+    make_packed(model.to(dtype), device="cpu", attn_implementation="auto", gradient_checkpointing=False)
+    ids = [i % 60 for i in range(POSITIONS + 1)]
+    sequences = [TokenSequence(ids, [0.0] + POSITIONS * [1.0]) for _ in range(SEQUENCES)]
+    (batch,) = pack(sequences, token_budget=SEQUENCES * POSITIONS)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # a storage that is gone could give its address to another
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(x)
+        return x
+
+    tokens = SEQUENCES * POSITIONS
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), Traffic() as forward:
+        loss = hidden_states(model, batch).float().sum()
+    with Traffic() as backward:
+        loss.backward()  # type: ignore[no-untyped-call]
+    return Counted(
+        forward=forward.bytes / tokens,
+        backward=backward.bytes / tokens,
+        kept=sum(kept.values()) / tokens,
+        launches=forward.launches + backward.launches,
+    )
+
+
+def _sizes(hidden: int, intermediate: int, heads: int, kv_heads: int, layers: int) -> dict[str, int]:
+    return {
+        "vocab_size": 64,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+    }
+
+
+def main() -> None:
+    """Print the coefficients of both families in both precisions."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for make in (qwen3, llama):
+            print(f"\n{make.__name__}, {dtype}".replace("torch.", ""))
+            for name, each in coefficients(make, dtype).items():
+                print(f"  {name:14} forward {each.forward:6.1f}  backward {each.backward:6.1f}  kept {each.kept:5.1f}")
+            print(f"  kernels of a layer {each.launches:.0f}")
+
+
+if __name__ == "__main__":
+    main()

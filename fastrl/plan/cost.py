@@ -1,0 +1,110 @@
+"""Seconds of a training step: operations over the products' rate plus bytes over the bandwidth, term by term.
+
+    seconds = max(sum over terms of (operations / rate + bytes / bandwidth), launches * launch)
+
+A product's own operands stream in under its arithmetic and cost no bytes here. Kernels of a step run one after the
+other; the host that launches them runs ahead, so the slower of the two counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastrl.plan.layers import BFLOAT16, FORWARD_SHARE, LayerCost
+from fastrl.plan.machine import Machine
+from fastrl.plan.workload import Workload
+
+CHUNK_BYTES = 1 << 30  # float32 logits of a chunk of the head; a test compares it with fastrl.ops.head
+ADAM_BYTES = {2: 46, 4: 40}  # one step, per parameter: gradient read twice and clipped, moments, master, weight
+ACCUMULATE_BYTES = {2: 10, 4: 12}  # one micro-batch, per parameter: its gradient is added to the sum
+HEAD_LAUNCHES = 12  # of a chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A part of the step.
+
+    Attributes:
+        name: what it is.
+        operations: of its products, a multiply and an add each one.
+        bytes: read and written by kernels that are not products.
+        launches: kernels.
+        is_attention: its operations run at the attention's rate.
+    """
+
+    name: str
+    operations: float
+    bytes: float
+    launches: int = 0
+    is_attention: bool = False
+
+    def seconds(self, machine: Machine) -> float:
+        """On the device, one kernel after the other."""
+        rate = machine.attention if self.is_attention else machine.products
+        return self.operations / rate + self.bytes / machine.bandwidth
+
+
+def training_terms(work: Workload, layer: LayerCost = BFLOAT16, *, chunk_bytes: int = CHUNK_BYTES) -> list[Term]:
+    """The terms of one optimizer step on one processor, log-probability passes included.
+
+    Args:
+        layer: what a layer costs beside its products.
+        chunk_bytes: float32 logits of one chunk of the head.
+    """
+    shape, micro = work.shape, work.micro_batches
+    passes = 4 if work.checkpointing else 3  # forward, two in backward, and the forward again
+    forward_again = FORWARD_SHARE if work.checkpointing else 0.0
+    kernels = layer.kernels(shape) * shape.layers * micro
+    pair = 4.0 * shape.heads * shape.head_dim * shape.layers  # scores and values of one pair, forward
+    extra = work.old_passes + int(work.has_reference)
+    chunks = -(-int(work.head_rows) // max(1, chunk_bytes // (4 * shape.vocab)))
+    terms = [
+        Term("layers: products", 2.0 * passes * shape.backbone * work.tokens, 0.0),
+        Term(
+            "layers: attention",
+            # 2 products forward, 5 backward (the scores again): 3.5 times forward in all
+            pair * work.attention_pairs * (4.5 if work.checkpointing else 3.5),
+            0.0,
+            is_attention=True,
+        ),
+        Term(
+            "layers: elementwise",
+            0.0,
+            (1 + forward_again) * layer.traffic(shape) * shape.layers * work.tokens,
+            int(kernels * (1 + forward_again)),
+        ),
+        Term(
+            "head: products and loss",
+            6.0 * work.head_rows * shape.head,
+            10.0 * work.head_rows * shape.vocab + 8.0 * chunks * shape.head,
+            HEAD_LAUNCHES * chunks,
+        ),
+        Term("gradients: sum", 0.0, float(ACCUMULATE_BYTES[layer.element]) * micro * shape.parameters),
+        Term("optimizer", 0.0, float(ADAM_BYTES[layer.element]) * shape.parameters, 8),
+    ]
+    if extra:
+        products = 2.0 * (shape.backbone * work.tokens + shape.head * work.head_rows) * extra
+        bytes_ = FORWARD_SHARE * layer.traffic(shape) * shape.layers * work.tokens + 4.0 * work.head_rows * shape.vocab
+        name = "log-probabilities of reference and sampling policy"
+        terms.append(Term(name, products, bytes_ * extra, int(kernels * FORWARD_SHARE) * extra))
+        terms.append(Term(name + ": attention", pair * work.attention_pairs * extra, 0.0, is_attention=True))
+    return terms
+
+
+def step_seconds(terms: Sequence[Term], machine: Machine) -> float:
+    """The step's time: the device's, or the host's where that is longer."""
+    device = sum(term.seconds(machine) for term in terms)
+    return max(device, machine.launch * sum(term.launches for term in terms))
+
+
+def useful_operations(work: Workload) -> float:
+    """Operations that the step cannot do without: forward and backward of the trained tokens, nothing twice."""
+    shape = work.shape
+    attention = 12.0 * shape.heads * shape.head_dim * shape.layers * work.attention_pairs
+    return 6.0 * (shape.backbone * work.tokens + shape.head * work.head_rows) + attention
+
+
+def mfu(work: Workload, seconds: float, machine: Machine) -> float:
+    """Share of the data sheet's peak that useful operations take."""
+    return useful_operations(work) / seconds / machine.peak
