@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from fastrl.rollout.builtin import BuiltinEngine
 from fastrl.rollout.engine import Engine
-from fastrl.train.config import GKDConfig, InferenceConfig, OnPolicyConfig
+from fastrl.rollout.vllm_engine import VLLMEngine
+from fastrl.rollout.vllm_start import Settings
+from fastrl.train.config import GKDConfig, InferenceConfig, OnPolicyConfig, TrainConfig
+from fastrl.train.lora_files import save_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,4 +26,37 @@ def opened_engine(
     Recipes that end in the middle (an error, an interrupt) leave the block like those that finish, so an engine's
     processes and memory never outlive its run.
     """
+    if config.rollout.engine == "vllm":
+        with closing(vllm_engine(config, policy, tokenizer)) as engine:
+            yield engine
+        return
     yield BuiltinEngine(policy, tokenizer, batch_size=config.rollout.batch_size)
+
+
+def vllm_engine(
+    config: OnPolicyConfig | InferenceConfig | GKDConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> VLLMEngine:
+    """vLLM in this process, with the weights that the policy starts from.
+
+    Raises:
+        VLLMStartError: it cannot sample for this trainer on this machine.
+    """
+    block = config.rollout.vllm
+    has_adapter = isinstance(config, TrainConfig) and config.use_peft
+    return VLLMEngine(
+        config.model_name_or_path,
+        policy,
+        tokenizer,
+        settings=Settings(
+            max_num_seqs=config.rollout.batch_size,
+            lora_rank=config.lora_r if isinstance(config, TrainConfig) and has_adapter else None,
+            gpu_memory_utilization=block.gpu_memory_utilization,
+            kv_cache_gib=block.kv_cache_gib,
+            max_model_len=block.max_model_len,
+            enforce_eager=block.enforce_eager,
+            sleep=block.sleep,
+            trust_remote_code=config.trust_remote_code,
+        ),
+        write_adapter=save_adapter if has_adapter else None,
+        tolerance=block.probe_tolerance,
+    )

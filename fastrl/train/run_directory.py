@@ -36,6 +36,12 @@ NOT_SEMANTIC = (
     "kernels",
     "rewards",
     "rollout.batch_size",
+    "rollout.vllm.gpu_memory_utilization",
+    "rollout.vllm.kv_cache_gib",
+    "rollout.vllm.enforce_eager",
+    "rollout.vllm.sleep",
+    "rollout.vllm.probe_tolerance",
+    "rollout.timeout_seconds",
     "environment.workers",
     "distributed",
     "signals",  # a run that a signal stopped goes on with other limits; what a signal does is in signals.jsonl

@@ -37,6 +37,7 @@ from fastrl.train.config import (
     TeacherConfig,
     TrainConfig,
 )
+from fastrl.train.validate_ahead import ahead_problems
 from fastrl.train.validate_distillation import distill_problems, gkd_problems, teacher_problems
 from fastrl.train.validate_environment import environment_problems
 from fastrl.train.validate_files import dataset_problem, file_problem, model_problem, writable_problem
@@ -52,11 +53,12 @@ from fastrl.train.validate_preference import (
     reference_problems,
 )
 from fastrl.train.validate_ranges import range_problems
-from fastrl.train.validate_ranks import launched_step_size, ranks_problems
+from fastrl.train.validate_ranks import launched_step_size, ranks_problems, times_ranks
 from fastrl.train.validate_reward_model import prm_problems, reward_problems
 from fastrl.train.validate_rewards import reward_problem
 from fastrl.train.validate_rlaif import rlaif_problems
 from fastrl.train.validate_signals import aggregation_problems, composition_problems, signal_problems
+from fastrl.train.validate_vllm import vllm_problems
 
 Problems = Iterator[str]
 
@@ -171,7 +173,7 @@ def _grpo(config: GRPOConfig) -> Problems:
     yield from _clip(config)
     yield from _kl(config)
     yield from _lengths(config)
-    yield from _correction(config.sampler_correction)
+    yield from _correction(config.sampler_correction, is_stale=config.rollout.max_staleness > 0)
 
 
 def _rewards(specs: tuple[str, ...]) -> Problems:
@@ -191,9 +193,8 @@ def _groups(config: GRPOConfig) -> Problems:
         unit = size // gcd(size, steps)
         fitting = [n for n in (per_device // unit * unit, (per_device // unit + 1) * unit) if n]
         yield (
-            f"num_generations: per_device_train_batch_size x gradient_accumulation_steps x steps_per_generation "
-            f"{times_ranks()}= 
-            f"{per_device} x {config.gradient_accumulation_steps} x {config.steps_per_generation}{n_ranks} = "
+            f"num_generations: per_device_train_batch_size x gradient_accumulation_steps x steps_per_generation = "
+            f"{per_device} x {config.gradient_accumulation_steps} x {config.steps_per_generation}{times_ranks()} = "
             f"{per_device * steps} completions are no whole number of groups of {size}; "
             f"set per_device_train_batch_size to {' or '.join(map(str, fitting))}"
         )
@@ -254,14 +255,15 @@ def _lengths(config: GRPOConfig) -> Problems:
         )
 
 
-def _correction(block: SamplerCorrectionBlock) -> Problems:
+def _correction(block: SamplerCorrectionBlock, *, is_stale: bool) -> Problems:
     default = SamplerCorrectionBlock()
-    if block.mode == "mask" and block.low >= block.high:
+    mode = block.mode or ("truncate" if is_stale else "none")
+    if mode == "mask" and block.low >= block.high:
         yield f"sampler_correction.low: {block.low} must be below sampler_correction.high {block.high}"
-    if block.mode == "none" and block.high != default.high:
+    if mode == "none" and block.high != default.high:
         yield "sampler_correction.high: has no effect while sampler_correction.mode is none; set the mode"
-    if block.mode != "mask" and block.low != default.low:
-        yield f"sampler_correction.low: has no effect while sampler_correction.mode is {block.mode}; set mask"
+    if mode != "mask" and block.low != default.low:
+        yield f"sampler_correction.low: has no effect while sampler_correction.mode is {mode}; set mask"
 
 
 def _inference(config: InferenceConfig) -> Problems:
@@ -305,6 +307,10 @@ RULES: tuple[tuple[type, Callable[[Any], Problems]], ...] = (
     (TrainConfig, lora_problems),
     (TrainConfig, ranks_problems),
     (SFTConfig, _sft),
+    (OnPolicyConfig, vllm_problems),
+    (InferenceConfig, vllm_problems),
+    (GKDConfig, vllm_problems),
+    (OnPolicyConfig, ahead_problems),
     (OnPolicyConfig, composition_problems),
     (OnPolicyConfig, environment_problems),
     (OnPolicyConfig, signal_problems),
@@ -322,8 +328,10 @@ RULES: tuple[tuple[type, Callable[[Any], Problems]], ...] = (
     (PRMConfig, prm_problems),
     (DistillConfig, distill_problems),
     (GKDConfig, gkd_problems),
+    (GKDConfig, ahead_problems),
     (TeacherConfig, teacher_problems),
     (InferenceConfig, _inference),
+    (InferenceConfig, ahead_problems),
     (EvalConfig, _eval),
     (GenerateConfig, _generate),
     (RLAIFConfig, rlaif_problems),

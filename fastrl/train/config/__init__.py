@@ -28,6 +28,7 @@ from fastrl.train.config.rlaif import RLAIFConfig
 from fastrl.train.config.sft import SFTConfig
 from fastrl.train.config.signals import SignalsBlock
 from fastrl.train.config.training import TrainConfig
+from fastrl.train.config.vllm import VLLMBlock
 
 __all__ = [
     "CPOConfig",
@@ -66,4 +67,5 @@ __all__ = [
     "SignalsBlock",
     "TeacherConfig",
     "TrainConfig",
+    "VLLMBlock",
 ]

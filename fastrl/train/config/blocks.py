@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fastrl.train.config.vllm import VLLMBlock
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataBlock:
@@ -47,12 +49,25 @@ class RolloutBlock:
     """How completions are sampled.
 
     Attributes:
-        batch_size: most prompts decoded together by the built-in engine.
+        engine: "builtin" needs nothing else; "vllm" is much faster on a GPU, and runs beside the trainer.
+        batch_size: most prompts decoded together.
         max_prompt_length: prompts with more tokens are refused; None allows what the model's context holds.
+        vllm: how vLLM runs beside the trainer.
+        max_staleness: most versions of the weights between those that sample a round and those that learn from it
+            first: 0 samples and learns in turns, k samples up to k rounds ahead (docs/asynchronous.md).
+        segment_tokens: with max_staleness, sample completions this many tokens at a time and take in the newest weights
+            between segments; None finishes a round with the weights that began it.
+        timeout_seconds: with max_staleness, a call of the engine in its own process that takes longer has hung; the
+            process is started again and the call's completions are lost.
     """
 
+    engine: Literal["builtin", "vllm"] = "builtin"
     batch_size: int = 256
     max_prompt_length: int | None = None
+    vllm: VLLMBlock = VLLMBlock()
+    max_staleness: int = 0
+    segment_tokens: int | None = None
+    timeout_seconds: float = 1800.0
 
 
 @dataclass(frozen=True, kw_only=True)
