@@ -14,11 +14,13 @@ from collections.abc import Sequence
 
 from fastrl.rewards.frames import FrameError, receive_exactly, receive_frame, send_frame
 
+REWARD_WORKER = "fastrl.rewards.worker"
 SECONDS_TO_IMPORT = 120.0  # for the modules of all rewards together; some import torch
 SECONDS_TO_ANSWER = 30.0  # a fork or a kill takes milliseconds
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[3]); "
-    "from fastrl.rewards.worker import main; main(int(sys.argv[1]), int(sys.argv[2]))"
+    "from importlib import import_module; "
+    "import_module(sys.argv[4]).main(int(sys.argv[1]), int(sys.argv[2]))"
 )
 
 
@@ -27,16 +29,17 @@ class Nursery:
 
     Args:
         specs: of the reward functions, which are imported there; a worker knows them by their place.
+        module: whose `main` runs there; another one than that of reward workers may want other specs.
 
     Raises:
         RuntimeError: a function cannot be imported there in time.
     """
 
-    def __init__(self, specs: Sequence[str]) -> None:
+    def __init__(self, specs: Sequence[str], *, module: str = REWARD_WORKER) -> None:
         self._control, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _START, str(theirs.fileno()), str(os.getpid()), json.dumps(sys.path)],
+                [sys.executable, "-c", _START, str(theirs.fileno()), str(os.getpid()), json.dumps(sys.path), module],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 # Many workers share the cores: none of them may use all for one matrix product.
@@ -51,10 +54,10 @@ class Nursery:
             answer = receive_frame(self._control)
         except FrameError as error:
             self.close()
-            raise RuntimeError(f"the process that judges {', '.join(specs)} did not start: {error}") from error
+            raise RuntimeError(f"the process that runs {', '.join(specs)} did not start: {error}") from error
         if "error" in answer:
             self.close()
-            raise RuntimeError(f"a reward worker cannot import {', '.join(specs)}:\n{answer['error']}")
+            raise RuntimeError(f"a worker cannot import {', '.join(specs)}:\n{answer['error']}")
         self._control.settimeout(SECONDS_TO_ANSWER)
 
     def fork(self, channel: socket.socket) -> int:

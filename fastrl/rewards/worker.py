@@ -23,8 +23,9 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,18 +38,27 @@ SECONDS_TO_DIE = 5.0  # a killed process that is still there then waits for the 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
+Work = Callable[[socket.socket], None]
+
+
 def main(descriptor: int, trainer: int) -> None:
-    """Run the nursery until the trainer closes the control socket.
+    """Run the nursery of reward workers."""
+    serve_nursery(descriptor, trainer, _judging)
+
+
+def serve_nursery(descriptor: int, trainer: int, prepare: Callable[[Any], Work]) -> None:
+    """Run a nursery until the trainer closes the control socket.
 
     Args:
         descriptor: of the control socket.
         trainer: process id of the trainer.
+        prepare: makes, of what the trainer asked for, what each worker does on its channel; imports happen here.
     """
     control = socket.socket(fileno=descriptor)
     _die_with_parent(trainer)
     os.dup2(2, 1)  # what a reward prints must not mix with what the recipe prints for other programs
     try:
-        functions = [resolve_reward(spec) for spec in receive_frame(control)]
+        work = prepare(receive_frame(control))
     except BaseException:
         send_frame(control, json.dumps({"error": traceback.format_exc()}))
         return
@@ -59,7 +69,7 @@ def main(descriptor: int, trainer: int) -> None:
     gc.collect()
     gc.freeze()
     send_frame(control, json.dumps({"ready": True}))
-    nursery = _Nursery(control, functions)
+    nursery = _Nursery(control, work)
     try:
         nursery.serve(trainer)
     finally:
@@ -69,9 +79,9 @@ def main(descriptor: int, trainer: int) -> None:
 class _Nursery:
     """Owns the workers: forks them, kills them, and knows how they ended."""
 
-    def __init__(self, control: socket.socket, functions: Sequence[RewardFunction]) -> None:
+    def __init__(self, control: socket.socket, work: Work) -> None:
         self._control = control
-        self._functions = functions
+        self._work = work
         self._alive: set[int] = set()
         self._ended: dict[int, int] = {}
 
@@ -104,7 +114,7 @@ class _Nursery:
                 os.setsid()  # a group of its own: its children can be killed with it
                 _die_with_parent(nursery)
                 self._control.close()
-                _work(socket.socket(fileno=descriptor), self._functions)
+                self._work(socket.socket(fileno=descriptor))
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()
@@ -152,7 +162,11 @@ class _Nursery:
                 os.kill(pid, signal.SIGKILL)
 
 
-def _work(channel: socket.socket, functions: Sequence[RewardFunction]) -> None:
+def _judging(specs: Sequence[str]) -> Work:
+    return partial(_judge, [resolve_reward(spec) for spec in specs])
+
+
+def _judge(functions: Sequence[RewardFunction], channel: socket.socket) -> None:
     """Judge what arrives until the channel closes, which is also how the trainer ends a worker that is idle."""
     while True:
         try:

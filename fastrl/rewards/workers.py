@@ -55,7 +55,7 @@ class RewardWorkers:
                 "RewardWorkers needs workers >= 1, spare_workers >= 0, timeout_seconds > 0, cache_size >= 0; "
                 f"got {workers}, {spare_workers}, {timeout_seconds}, {cache_size}"
             )
-        self._workers = workers if workers is not None else _cores()
+        self._workers = workers if workers is not None else cores()
         self._spare_workers = spare_workers
         self._timeout_seconds = timeout_seconds
         self._kept = _Kept(cache_size)
@@ -162,7 +162,7 @@ class RewardWorkers:
         now = monotonic()
         for worker in self._busy:
             if not worker.is_parked and now - worker.started > SECONDS_TO_PARK:
-                worker.is_parked = _sleeps(worker.pid)
+                worker.is_parked = sleeps(worker.pid)
         active = sum(not worker.is_parked for worker in self._busy)
         return active < self._workers and len(self._busy) < self._workers + self._spare_workers
 
@@ -290,7 +290,8 @@ class _Kept:
                     self._results.popitem(last=False)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
@@ -299,7 +300,7 @@ def _close_all(channels: set[socket.socket]) -> None:
         channel.close()
 
 
-def _sleeps(pid: int) -> bool:
+def sleeps(pid: int) -> bool:
     """Whether a process waits for something; False where the system does not tell."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:

@@ -29,7 +29,7 @@ class Environment:
 
     def __init__(self, instance: Any, tools: Sequence[Tool]) -> None:
         self._instance = instance
-        self._loop = asyncio.new_event_loop()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._tools = {tool.__name__: tool for tool in [*tools, *methods_of(instance)]}
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,13 +37,18 @@ class Environment:
         if "reset" in request:
             return {"observation": self._reset(request["reset"])}
         if "calls" in request:
-            results = [self._call(name, arguments) for name, arguments in request["calls"]]
+            results = [self.call(name, arguments) for name, arguments in request["calls"]]
             return {"results": results, "reward": self._turn_reward()}
         return {"reward": self._reward(), "state": _state(self._instance)}
 
     def close(self) -> None:
-        """Release the event loop; a second call does nothing."""
-        self._loop.close()
+        """Release the event loop of async methods; a second call does nothing."""
+        if self._loop is not None:
+            self._loop.close()
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tool of this name."""
+        return name in self._tools
 
     def _reset(self, columns: Mapping[str, Any]) -> str | None:
         if self._instance is None:
@@ -54,7 +59,8 @@ class Environment:
             raise TypeError(f"reset must return None or text, got {type(observation).__name__}")
         return observation
 
-    def _call(self, name: str, arguments: Mapping[str, Any]) -> tuple[str, bool]:
+    def call(self, name: str, arguments: Mapping[str, Any]) -> tuple[str, bool]:
+        """What a tool says, as text, and whether it is an error."""
         try:
             if name not in self._tools:
                 raise ValueError(f"Tool {name} not found.")
@@ -76,7 +82,11 @@ class Environment:
             return {"fault": traceback.format_exc()}
 
     def _awaited(self, value: Any) -> Any:
-        return self._loop.run_until_complete(value) if inspect.isawaitable(value) else value
+        if not inspect.isawaitable(value):
+            return value
+        # One loop for the whole life: clients that a method opens belong to the loop they were opened in.
+        self._loop = self._loop or asyncio.new_event_loop()
+        return self._loop.run_until_complete(value)
 
 
 def methods_of(instance: Any) -> list[Tool]:

@@ -43,7 +43,11 @@ class Environments(Protocol):
     """Where environments live: `answer` of `fastrl.rollout.environment.Environment`, for many at once."""
 
     def ask(self, requests: Mapping[int, Request]) -> dict[int, dict[str, Any] | EnvironmentFault]:
-        """Answers by seat; each seat is one environment, made when it is first asked."""
+        """Answers by seat; each seat is one environment, made at its first reset and reset for every episode."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the environments; a second call does nothing."""
         ...
 
 

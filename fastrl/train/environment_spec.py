@@ -59,7 +59,7 @@ def environment_spec(block: EnvironmentBlock) -> EnvironmentSpec:
     """Resolve the names in a configuration.
 
     Raises:
-        ValueError: a name, module or file that does not exist, an environment without `reset`, or no tool at all.
+        ValueError: a name, module or file that does not exist, or an environment without `reset`.
     """
     factory = None if block.factory is None else _resolved(block.factory, "environment.factory")
     owner: type | None = None
@@ -67,22 +67,25 @@ def environment_spec(block: EnvironmentBlock) -> EnvironmentSpec:
         owner = _class_of(factory) if _is_class(factory) else type(factory())
         if not callable(getattr(owner, "reset", None)):
             raise ValueError(f"environment.factory {block.factory!r} needs a method reset; {owner.__name__} has none")
-    tools = tuple(_resolved(spec, "environment.tools") for spec in block.tools)
-    found = EnvironmentSpec(factory, owner, tools)
-    names = [tool.__name__ for tool in found.functions()]
-    if not names:
-        raise ValueError("the environment has no tool: give its class a public method, or set environment.tools")
-    if len(set(names)) != len(names):
-        raise ValueError(f"tools need different names, got {', '.join(names)}; rename one")
-    return found
+    return EnvironmentSpec(factory, owner, tuple(_resolved(spec, "environment.tools") for spec in block.tools))
+
+
+def is_built_in(spec: str) -> bool:
+    """Whether a tool comes with fastrl: bounded, so that it needs no process of its own."""
+    return spec.partition("(")[0] in BUILT_IN
 
 
 def schemas_of(functions: Sequence[Tool]) -> list[dict[str, Any]]:
     """JSON schemas of tools from their type hints and Google-style docstrings, as chat templates take them.
 
     Raises:
-        ValueError: a parameter without a type or a description.
+        ValueError: a parameter without a type or a description, two tools of one name, or no tool.
     """
+    names = [function.__name__ for function in functions]
+    if not names:
+        raise ValueError("the environment has no tool: give its class a public method, or set environment.tools")
+    if len(set(names)) != len(names):
+        raise ValueError(f"tools need different names, got {', '.join(names)}; rename one")
     from transformers.utils import get_json_schema  # lazily: workers import this module, and have no use for it
 
     schemas = []

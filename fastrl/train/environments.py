@@ -19,7 +19,8 @@ from fastrl.rollout.engine import Engine, Sampling
 from fastrl.rollout.environment import missing_columns
 from fastrl.rollout.episodes import Dialogue, Environments, Episode, Limits, Start, play
 from fastrl.train.config import EnvironmentBlock, OnPolicyConfig
-from fastrl.train.environment_spec import environment_spec, schemas_of
+from fastrl.train.environment_spec import EnvironmentSpec, environment_spec, is_built_in, schemas_of
+from fastrl.train.environment_workers import EnvironmentWorkers, ToolsAside
 from fastrl.train.local_environments import LocalEnvironments
 from fastrl.train.prompts import Prompt
 
@@ -80,7 +81,7 @@ def player_of(config: OnPolicyConfig, tokenizer: PreTrainedTokenizerBase) -> Pla
     spec = environment_spec(block)
     schemas = schemas_of(spec.functions())
     return Player(
-        environments=LocalEnvironments(spec),
+        environments=environments_of(block),
         dialogue=Dialogue(
             parse=turn_parser(tokenizer, schemas),
             observe=observer(tokenizer),
@@ -90,6 +91,22 @@ def player_of(config: OnPolicyConfig, tokenizer: PreTrainedTokenizerBase) -> Pla
         schemas=schemas,
         tokenizer=tokenizer,
     )
+
+
+def environments_of(block: EnvironmentBlock) -> Environments:
+    """Where the environments of a configuration live; `block.workers` says."""
+    if block.workers == 0:
+        return LocalEnvironments(environment_spec(block))
+    here = tuple(tool for tool in block.tools if is_built_in(tool))
+    away = [tool for tool in block.tools if not is_built_in(tool)]
+    environments: Environments = LocalEnvironments(EnvironmentSpec(None, None, ()))
+    if block.factory is not None or away:
+        seconds = block.tool_timeout_seconds
+        environments = EnvironmentWorkers(block.factory, away, workers=block.workers, seconds=seconds)
+    if not here:
+        return environments
+    tools = environment_spec(EnvironmentBlock(tools=here)).make()
+    return ToolsAside(tools, environments, workers=block.workers)
 
 
 def tool_schemas(block: EnvironmentBlock) -> list[dict[str, Any]] | None:
