@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"types"},
     "rollout": {"types", "_C"},
     "rewards": {"types"},
-    "integrations": {"types", "ops", "losses"},
+    "integrations": {"types", "ops", "losses", "data"},
     "train": {"types", "ops", "losses", "algorithms", "data", "rollout", "rewards", "integrations", "report"},
     "report": {"types", "ops", "losses", "algorithms", "data", "rollout", "rewards", "integrations"},
     "recipes": {

@@ -1,0 +1,166 @@
+"""Packed rows under TRL's fused head, where TRL pads: the same answers per token, in TRL's padded shape.
+
+    [S, L] padded ids, mask, labels  ->  [R, W] rows of whole sequences, R <= S  ->  TRL's forward  ->  [S, L - 1]
+
+A flash attention gets one row of all tokens. Any other attention gets rows no longer than the longest sequence, as its
+cost grows with the square of a row. Position ids restart with each sequence: that is how transformers keeps them apart.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from fastrl.data.pack import TokenSequence, pack
+from fastrl.integrations.trl_head import HeadCall, TokenRule, head_call
+
+NO_LABEL = -100
+PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """A padded batch as packed rows.
+
+    Attributes:
+        input_ids: [R, W] tokens fed; what pads the ends of rows is nobody's.
+        position_ids: [R, W], restarting at 0 in each sequence.
+        labels: [R, W] the token each position predicts, -100 where none is scored.
+        place: [R, W] where a position belongs in the [S (L - 1)] labels of the padded batch.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    place: Tensor
+
+
+@dataclass(slots=True)
+class PackedForward:
+    """What a model's packed forward is asked besides its inputs, and what it found; owned by one trainer.
+
+    Attributes:
+        rule: a loss per scored token, given places among the [S (L - 1)] labels; None returns log-probabilities with
+            their gradient.
+        loss: [] the sum of the rule's losses in the last forward.
+    """
+
+    rule: TokenRule | None = None
+    loss: Tensor | None = field(default=None)
+
+
+def packed_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, is_one_row: bool) -> PackedRows:
+    """Pack a padded batch.
+
+    Args:
+        input_ids: [S, L].
+        attention_mask: [S, L] one run of ones per sequence, at least two long.
+        labels: [S, L] input_ids where a token is scored, -100 elsewhere.
+        is_one_row: everything in one row, or rows at most as long as the longest sequence.
+
+    Raises:
+        ValueError: a mask with gaps, a sequence of less than two tokens, or labels that are other tokens.
+    """
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    first = attention_mask.argmax(1)
+    length = attention_mask.sum(1)
+    is_run = (columns >= first[:, None]) & (columns < (first + length)[:, None])
+    if not torch.equal(is_run, attention_mask.bool()):
+        raise ValueError("attention_mask must be one run of ones in each row to be packed, got one with gaps")
+    if not ((labels == input_ids) | (labels == NO_LABEL)).all():
+        raise ValueError("labels must be input_ids or -100 to be packed, got other tokens")
+    ids, weight = input_ids.cpu(), (labels != NO_LABEL).float().cpu()
+    weight[torch.arange(len(weight)), first.cpu()] = 0.0  # nothing precedes a first token
+    spans = [slice(start, start + n) for start, n in zip(first.tolist(), length.tolist(), strict=True)]
+    sequences = [TokenSequence(ids[s, span], weight[s, span]) for s, span in enumerate(spans)]
+    longest = max(len(sequence.ids) for sequence in sequences)
+    budget = sum(len(sequence.ids) for sequence in sequences) if is_one_row else longest
+    batches = pack(sequences, token_budget=budget, device=input_ids.device)
+    places = []
+    for batch in batches:
+        sequence = batch.sequence.repeat_interleave(batch.cu_seqlens.diff())
+        places.append(sequence * (input_ids.shape[1] - 1) + first[sequence] + batch.position_ids)
+    scored = [batch.target.where(batch.weight > 0, NO_LABEL) for batch in batches]
+    return PackedRows(
+        pad_sequence([batch.input_ids for batch in batches], batch_first=True),
+        pad_sequence([batch.position_ids for batch in batches], batch_first=True),
+        pad_sequence(scored, batch_first=True, padding_value=NO_LABEL),
+        pad_sequence(places, batch_first=True),
+    )
+
+
+def pack_forward(model: Any, asked: PackedForward) -> None:
+    """Make `model(..., labels=labels, fused_lm_head=True)` pack; any other call of the model is what it was.
+
+    Args:
+        model: a causal LM that has TRL's fused head. Its `forward` is replaced on the instance, as TRL does.
+        asked: read at every packed call.
+
+    Raises:
+        ValueError: the model lets packed sequences see each other.
+    """
+    unpacked = model.forward
+    is_one_row = "flash" in (model.config._attn_implementation or "")
+    _check_isolation(model, unpacked)
+
+    # `generate` checks its arguments against the signature of the model's own forward.
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return unpacked(*args, **kwargs)
+        inputs = {name: value for name, value in kwargs.items() if value is not None and name != "use_cache"}
+        others = sorted(set(inputs) - {"input_ids", "attention_mask", "labels"})
+        if args or others:
+            raise ValueError(f"fastrl packs input_ids, attention_mask and labels given by name, got {others or args}")
+        return _packed_call(unpacked, packed_rows(**inputs, is_one_row=is_one_row), inputs["labels"], asked)
+
+    model.forward = MethodType(forward, model)
+
+
+def _packed_call(unpacked: Callable[..., Any], rows: PackedRows, labels: Tensor, asked: PackedForward) -> Any:
+    """TRL's fused forward on packed rows, its answers per token in the shape of labels [S, L] without a column."""
+    scored = rows.labels != NO_LABEL
+    place = rows.place[scored]
+    rule = asked.rule
+    call = HeadCall(scored.flatten(), None if rule is None else lambda lp, h, at: rule(lp, h, place[at]))
+    with head_call(call):
+        output = unpacked(
+            input_ids=rows.input_ids, position_ids=rows.position_ids, shift_labels=rows.labels, fused_lm_head=True
+        )
+    padded = (labels.shape[0], labels.shape[1] - 1)
+    found = {}
+    for name in PER_TOKEN:
+        value = getattr(output, name)
+        if value is not None:
+            full = value.new_zeros(padded[0] * padded[1]).index_put((place,), value[scored])
+            found[name] = full.view(padded)
+    asked.loss = call.loss
+    # A wrapper that looks for unused parameters starts from what forward returns.
+    return replace(output, **found, loss=output.loss if call.loss is None else call.loss)
+
+
+@torch.no_grad()
+def _check_isolation(model: Any, forward: Callable[..., Any]) -> None:
+    """Change one packed sequence and look whether its neighbour notices: state-space layers and old masks let it."""
+    device = model.get_input_embeddings().weight.device
+    tokens = torch.arange(1, 9, device=device)[None] % model.config.get_text_config().vocab_size
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]], device=device)
+    other = tokens.clone()
+    other[:, :5] = tokens[:, :5].flip(1)
+    was_training = model.training
+    model.eval()
+    first, second = (forward(input_ids=ids, position_ids=positions, use_cache=False).logits for ids in (tokens, other))
+    model.train(was_training)
+    gap = (first - second)[:, 5:].abs().max()
+    if gap > 8 * torch.finfo(first.dtype).eps * first.abs().max():
+        raise ValueError(
+            f"{type(model).__name__} with attention {model.config._attn_implementation!r} lets packed sequences see "
+            "each other: use TRL's own trainer with fastrl.integrations.trl.patch(), which does not pack"
+        )
