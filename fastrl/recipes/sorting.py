@@ -50,7 +50,7 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
-def make_base_model(folder: Path, *, seed: int, hidden_size: int = 64, layers: int = 2) -> None:
+def make_base_model(folder: Path, *, seed: int, hidden_size: int = 64, layers: int = 2, heads: int = 4) -> None:
     """Write a Qwen3, of 0.1 M parameters by default, with random weights and the task's tokenizer."""
     from fastrl.train.export import save_pretrained
     from fastrl.train.tiny import make_tiny_qwen3
@@ -60,6 +60,8 @@ def make_base_model(folder: Path, *, seed: int, hidden_size: int = 64, layers: i
         len(tokenizer),
         hidden_size=hidden_size,
         layers=layers,
+        heads=heads,
+        kv_heads=heads // 2,
         intermediate_size=2 * hidden_size,
         context=64,
         eos_token_id=tokenizer.eos_token_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import random
@@ -55,13 +56,16 @@ def made(name: str) -> Path:
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        fresh = Path(scratch) / path.name
-        if name in MODELS:
-            MAKE_MODEL[name](fresh)
-        else:
-            _write_rows(name, fresh)
-        if not path.exists():
+    with (path.parent / f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of processes that start together, one makes it
+        if path.exists():
+            return path
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            fresh = Path(scratch) / path.name
+            if name in MODELS:
+                MAKE_MODEL[name](fresh)
+            else:
+                _write_rows(name, fresh)
             fresh.rename(path)
     return path
 
@@ -108,12 +112,18 @@ def _make_critic(folder: Path) -> None:
     _train(folder, max_steps=500, rows="critiques")
 
 
-def _train(folder: Path, *, max_steps: int, rows: str = "sft") -> None:
+def _make_wide(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        sorting.make_base_model(Path(scratch) / "base", seed=0, heads=2)
+        _train(folder, max_steps=60, base=Path(scratch) / "base")
+
+
+def _train(folder: Path, *, max_steps: int, rows: str = "sft", base: Path | None = None) -> None:
     from fastrl.recipes import sft
 
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "sft"
-        config = sorting.sft_config(made("base"), run, made(rows), seed=0)
+        config = sorting.sft_config(base or made("base"), run, made(rows), seed=0)
         code = sft.run(replace(config, max_steps=max_steps))
         assert code == 0, "nobody may interrupt a run of a few seconds but the user"
         shutil.move(run / "model", folder)
@@ -228,6 +238,7 @@ MAKE_MODEL: dict[str, Callable[[Path], None]] = {
     "sorted": _make_sorted,
     "critic": _make_critic,
     "student": _make_student,
+    "wide": _make_wide,
 }
 MAKE_ROW: dict[str, RowMaker] = {
     "sft": _sft,
