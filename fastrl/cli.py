@@ -17,6 +17,7 @@ from typing import Any
 
 from fastrl import __version__
 from fastrl.command.fields import options, summary
+from fastrl.command.ranks import check_ranks, name_of_rank, run_together
 from fastrl.command.settings import Refused, Setting, closest, read_flags, read_yaml, unknown_keys
 from fastrl.train.config import (
     CPOConfig,
@@ -50,28 +51,30 @@ class Recipe:
         config: its configuration dataclass; the first sentence of the docstring is the command's help.
         module: module with `run(config) -> int | None`.
         has_dry_run: the module also has `dry_run(config) -> int | None`.
+        has_ranks: several processes that torchrun starts can run it together.
     """
 
     config: type[Any]
     module: str
     has_dry_run: bool = False
+    has_ranks: bool = False
 
 
 RECIPES: dict[str, Recipe] = {
     "demo": Recipe(DemoConfig, "fastrl.recipes.demo"),
-    "sft": Recipe(SFTConfig, "fastrl.recipes.sft", has_dry_run=True),
-    "ppo": Recipe(PPOConfig, "fastrl.recipes.ppo", has_dry_run=True),
-    "grpo": Recipe(GRPOConfig, "fastrl.recipes.grpo", has_dry_run=True),
-    "dpo": Recipe(DPOConfig, "fastrl.recipes.dpo", has_dry_run=True),
-    "cpo": Recipe(CPOConfig, "fastrl.recipes.cpo", has_dry_run=True),
-    "orpo": Recipe(ORPOConfig, "fastrl.recipes.orpo", has_dry_run=True),
-    "kto": Recipe(KTOConfig, "fastrl.recipes.kto"),
-    "rrhf": Recipe(RRHFConfig, "fastrl.recipes.rrhf"),
-    "online_dpo": Recipe(OnlineDPOConfig, "fastrl.recipes.online_dpo"),
-    "reward": Recipe(RewardConfig, "fastrl.recipes.reward", has_dry_run=True),
-    "prm": Recipe(PRMConfig, "fastrl.recipes.prm", has_dry_run=True),
-    "distill": Recipe(DistillConfig, "fastrl.recipes.distill"),
-    "gkd": Recipe(GKDConfig, "fastrl.recipes.gkd"),
+    "sft": Recipe(SFTConfig, "fastrl.recipes.sft", has_dry_run=True, has_ranks=True),
+    "ppo": Recipe(PPOConfig, "fastrl.recipes.ppo", has_dry_run=True, has_ranks=True),
+    "grpo": Recipe(GRPOConfig, "fastrl.recipes.grpo", has_dry_run=True, has_ranks=True),
+    "dpo": Recipe(DPOConfig, "fastrl.recipes.dpo", has_dry_run=True, has_ranks=True),
+    "cpo": Recipe(CPOConfig, "fastrl.recipes.cpo", has_dry_run=True, has_ranks=True),
+    "orpo": Recipe(ORPOConfig, "fastrl.recipes.orpo", has_dry_run=True, has_ranks=True),
+    "kto": Recipe(KTOConfig, "fastrl.recipes.kto", has_ranks=True),
+    "rrhf": Recipe(RRHFConfig, "fastrl.recipes.rrhf", has_ranks=True),
+    "online_dpo": Recipe(OnlineDPOConfig, "fastrl.recipes.online_dpo", has_ranks=True),
+    "reward": Recipe(RewardConfig, "fastrl.recipes.reward", has_dry_run=True, has_ranks=True),
+    "prm": Recipe(PRMConfig, "fastrl.recipes.prm", has_dry_run=True, has_ranks=True),
+    "distill": Recipe(DistillConfig, "fastrl.recipes.distill", has_ranks=True),
+    "gkd": Recipe(GKDConfig, "fastrl.recipes.gkd", has_ranks=True),
     "teacher": Recipe(TeacherConfig, "fastrl.recipes.teacher"),
     "eval": Recipe(EvalConfig, "fastrl.recipes.evaluate"),
     "generate": Recipe(GenerateConfig, "fastrl.recipes.generate"),
@@ -219,17 +222,22 @@ def _run(name: str, path: str | None, arguments: Sequence[str]) -> int:
     if is_dry_run and not recipe.has_dry_run:
         able = ", ".join(name for name, other in RECIPES.items() if other.has_dry_run)
         raise Refused(f"--dry-run: {name} has none; these have: {able}")
+    check_ranks(
+        f"{name} --dry-run" if is_dry_run else name,
+        can_run=recipe.has_ranks and not is_dry_run,
+        able=[name for name, other in RECIPES.items() if other.has_ranks],
+    )
     config = configure(name, path, flags)
     module = import_module(recipe.module)
     from fastrl.recipes.tiny import with_tiny
 
     try:
         config = with_tiny(config)
-        code = module.dry_run(config) if is_dry_run else module.run(config)
+        code = module.dry_run(config) if is_dry_run else run_together(module.run, config)
     except (ValueError, RuntimeError, OSError) as error:
         if not _is_our_sentence(error):
             raise
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name_of_rank(name)}: {error}", file=sys.stderr)
         return 1
     return int(code or 0)
 

@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": set(),
     "testing": {"types", "ops"},
     "cli": {"recipes", "train", "ops", "command"},
+    "__main__": {"cli"},
     "command": {"recipes", "train", "ops", "cli", "testing", "rewards", "plan"},
 }
 # Parts whose imports of fastrl must sit inside functions, so that importing them stays light.

@@ -54,6 +54,7 @@ def pack(
     token_budget: int,
     group: Sequence[int] | None = None,
     device: torch.device | str | None = None,
+    parts: int = 1,
 ) -> list[TokenBatch]:
     """Best-fit decreasing into batches of at most `token_budget` positions; deterministic, nothing cut or padded.
 
@@ -64,6 +65,8 @@ def pack(
         sequences: those of one optimizer step; an optional column is on all of them or on none.
         token_budget: most positions (one less than tokens, per sequence) of a batch.
         group: [S] sequences of the same number (the two of a preference pair) share a batch; None leaves each alone.
+        parts: the sequences are first cut into so many parts of about equal length, and no batch spans two: for
+            processes that train a step together. A part may be empty.
 
     Returns:
         The batches, none of them empty; [] for no sequences.
@@ -87,7 +90,7 @@ def pack(
     columns = _joined_columns(sequences, tokens)
     _require_weights(columns["weight"], first)
 
-    bins = _bins(tokens - 1, token_budget, group)
+    bins = _bins(tokens - 1, token_budget, group, parts)
     order = np.concatenate(bins)  # [S] sequences in packed order
     lengths = tokens[order] - 1
     start = np.cumsum(lengths) - lengths  # [S] first position of each packed sequence
@@ -157,10 +160,10 @@ def unpack_columns(per_token: Sequence[Tensor], batches: Sequence[TokenBatch]) -
     return [columns[index] for index in range(count)]
 
 
-def _bins(lengths: NDArray[np.int64], budget: int, group: Sequence[int] | None) -> list[NDArray[np.int64]]:
+def _bins(lengths: NDArray[np.int64], budget: int, group: Sequence[int] | None, parts: int) -> list[NDArray[np.int64]]:
     """The sequences of each bin, ascending; those of a group in one bin."""
     if group is None:
-        return _best_fit_decreasing(lengths, budget)
+        return _of_parts(lengths, budget, parts)
     if len(group) != len(lengths):
         raise ValueError(f"group must hold a number for each of the {len(lengths)} sequences, got {len(group)}")
     _, first, member = np.unique(np.asarray(group, np.int64), return_index=True, return_inverse=True)
@@ -171,9 +174,23 @@ def _bins(lengths: NDArray[np.int64], budget: int, group: Sequence[int] | None) 
             f"sequence {first[longest]} and those that must be learned together with it take {totals[longest]} "
             f"positions, over the token budget of {budget}: raise packing.token_budget to at least {totals[longest]}"
         )
-    bins = _best_fit_decreasing(totals, budget)
+    bins = _of_parts(totals, budget, parts)
     members = np.split(np.argsort(member, kind="stable"), np.cumsum(np.bincount(member))[:-1])
     return [np.sort(np.concatenate([members[group] for group in groups])) for groups in bins]
+
+
+def _of_parts(lengths: NDArray[np.int64], budget: int, parts: int) -> list[NDArray[np.int64]]:
+    """The sequences of each bin of each part; a part takes the next longest sequence when it is the shortest so far."""
+    if parts == 1:
+        return _best_fit_decreasing(lengths, budget)
+    members: list[list[int]] = [[] for _ in range(parts)]
+    total = [0] * parts
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        least = min(range(parts), key=total.__getitem__)
+        members[least].append(index)
+        total[least] += int(lengths[index])
+    places = [np.array(sorted(part), dtype=np.int64) for part in members if part]
+    return [part[bin_] for part in places for bin_ in _best_fit_decreasing(lengths[part], budget)]
 
 
 def _best_fit_decreasing(lengths: NDArray[np.int64], budget: int) -> list[NDArray[np.int64]]:

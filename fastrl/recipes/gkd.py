@@ -24,6 +24,7 @@ from fastrl.train.config import GKDConfig
 from fastrl.train.contents import contents_of
 from fastrl.train.device import check_backend, pick_device
 from fastrl.train.engine import opened_engine
+from fastrl.train.exchange import generated_on_ranks
 from fastrl.train.export import save_pretrained
 from fastrl.train.fit import Rows, Step, fit, length_of
 from fastrl.train.from_config import journal_of, model_of, optimizer_of, tokenizer_of
@@ -133,7 +134,8 @@ def completed(
 def _sampled(config: GKDConfig, engine: Engine, rows: Sequence[GKDRow], places: Sequence[int]) -> list[Rollout]:
     if not rows:
         return []
-    return engine.generate(
+    return generated_on_ranks(
+        engine,
         [row.prompt_ids for row in rows],
         Sampling(max_completion_length=config.max_new_tokens, temperature=config.temperature),
         seeds=[request_seed(config.seed, place, 0) for place in places],

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastrl.data.pack import pack
 from fastrl.losses.unpaired import kl_baseline, kto
 from fastrl.train.config import KTOConfig
 from fastrl.train.contents import contents_of
@@ -39,6 +38,7 @@ from fastrl.train.reference import (
 )
 from fastrl.train.run_directory import open_run_directory
 from fastrl.train.sequences import supervised_sequence
+from fastrl.train.shares import packed_for_ranks
 from fastrl.train.snapshot import Stateful
 from fastrl.train.supervised import Example
 from fastrl.train.update import BatchLoss
@@ -113,7 +113,7 @@ def kto_step(
             baseline = kl_baseline(moved)
     ref = reference.logprob([row.example for row in rows])
     sequences = [supervised_sequence(row.example.ids, row.example.is_trained, weight=1.0) for row in rows]
-    batches = pack(sequences, token_budget=config.packing.token_budget, device=device)
+    batches = packed_for_ranks(sequences, token_budget=config.packing.token_budget, device=device)
     label = torch.tensor([row.is_desirable for row in rows], device=device)
     loss = kto_batch_loss(policy, config, ref, label, baseline)
     return Step(batches, loss, n_tokens=sum(len(row.example.ids) for row in rows))

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
-from fastrl.data.pack import pack
 from fastrl.losses.reference_free import log_odds_ratio, orpo
 from fastrl.train.config import ORPOConfig
 from fastrl.train.contents import contents_of
@@ -32,6 +31,7 @@ from fastrl.train.preference_rows import Pair, load_pairs
 from fastrl.train.provenance import write_environment
 from fastrl.train.run_directory import open_run_directory
 from fastrl.train.sequences import supervised_sequence
+from fastrl.train.shares import packed_for_ranks
 from fastrl.train.supervised import Example
 from fastrl.train.update import BatchLoss
 from fastrl.types import LossOutput, TokenBatch
@@ -89,7 +89,7 @@ def orpo_step(policy: PreTrainedModel, config: ORPOConfig, pairs: Sequence[Pair]
             sequences.append(supervised_sequence(example.ids, is_scored, weight=1.0))
             starts.append(example.is_trained.index(True))
     budget, group = config.packing.token_budget, [i // 2 for i in range(len(sequences))]
-    batches = pack(sequences, token_budget=budget, group=group, device=device)
+    batches = packed_for_ranks(sequences, token_budget=budget, group=group, device=device)
     start = torch.tensor(starts, device=device)
     loss = orpo_batch_loss(policy, config, start, n_nll_tokens=n_nll_tokens)
     return Step(batches, loss, n_tokens=n_tokens(pairs))

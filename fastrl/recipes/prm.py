@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastrl.data.pack import pack, unpack
+from fastrl.data.pack import unpack
 from fastrl.losses.reward_model import brier, step_cross_entropy
 from fastrl.report.preview import print_table
 from fastrl.train.config import PRMConfig
@@ -24,6 +24,7 @@ from fastrl.train.model_directory import context_length
 from fastrl.train.provenance import write_environment
 from fastrl.train.run_directory import open_run_directory
 from fastrl.train.score_model import save_score_model, token_scores
+from fastrl.train.shares import packed_for_ranks
 from fastrl.train.stepwise import AGGREGATIONS, Solution, load_solutions, solution_sequence
 from fastrl.types import LossOutput, TokenBatch
 
@@ -98,7 +99,7 @@ def solution_step(
     last_only = is_learning and config.train_on_last_step_only
     count = len(rows) if last_only else sum(len(row.ends) for row in rows)
     sequences = [solution_sequence(row, weight=1 / count, last_step_only=last_only) for row in rows]
-    batches = pack(sequences, token_budget=config.packing.token_budget, device=device)
+    batches = packed_for_ranks(sequences, token_budget=config.packing.token_budget, device=device)
     is_right, start = labels_of(rows, device=device)
 
     def loss(batch: TokenBatch) -> LossOutput:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastrl.data.pack import pack
 from fastrl.losses.reward_model import bradley_terry, brier, centering, expected_calibration_error
 from fastrl.report.preview import print_table
 from fastrl.train.config import RewardConfig
@@ -24,6 +23,7 @@ from fastrl.train.provenance import write_environment
 from fastrl.train.rankings import Ranking, load_rankings, n_tokens
 from fastrl.train.run_directory import open_run_directory
 from fastrl.train.score_model import last_scores, save_score_model, scored_sequence, token_scores
+from fastrl.train.shares import packed_for_ranks
 from fastrl.types import LossOutput, TokenBatch
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def packed(rows: Sequence[Ranking], config: RewardConfig, *, device: torch.devic
     """Pack rankings; the completions of a prompt share a batch, and the last position of each has a weight."""
     sequences = [scored_sequence(ids, [0.0] * (len(ids) - 1) + [1.0]) for row in rows for ids in row.ids]
     group = [number for number, row in enumerate(rows) for _ in row.ids]
-    return pack(sequences, token_budget=config.packing.token_budget, group=group, device=device)
+    return packed_for_ranks(sequences, token_budget=config.packing.token_budget, group=group, device=device)
 
 
 def chosen_rejected(scores: Tensor, batch: TokenBatch, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastrl.data.pack import pack
 from fastrl.losses.ranked import is_best, rrhf
 from fastrl.train.config import RRHFConfig
 from fastrl.train.contents import contents_of
@@ -29,6 +28,7 @@ from fastrl.train.preference_rows import Ranked, load_ranked
 from fastrl.train.provenance import write_environment
 from fastrl.train.run_directory import open_run_directory
 from fastrl.train.sequences import supervised_sequence
+from fastrl.train.shares import packed_for_ranks
 from fastrl.train.update import BatchLoss
 from fastrl.types import LossOutput, TokenBatch
 
@@ -73,7 +73,7 @@ def rrhf_step(policy: PreTrainedModel, config: RRHFConfig, rows: Sequence[Ranked
     examples = [example for row in rows for example in row.examples]
     group = [i for i, row in enumerate(rows) for _ in row.examples]
     sequences = [supervised_sequence(example.ids, example.is_trained, weight=1.0) for example in examples]
-    batches = pack(sequences, token_budget=config.packing.token_budget, group=group, device=device)
+    batches = packed_for_ranks(sequences, token_budget=config.packing.token_budget, group=group, device=device)
     score = torch.tensor([score for row in rows for score in row.scores], device=device)
     loss = rrhf_batch_loss(policy, config, score, torch.tensor(group, device=device), n_prompts=len(rows))
     return Step(batches, loss, n_tokens=sum(len(example.ids) for example in examples))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from fastrl.data.pack import pack
 from fastrl.losses.supervised import dft, nll
 from fastrl.report.preview import print_table
 from fastrl.train.config import SFTConfig
@@ -21,6 +20,7 @@ from fastrl.train.from_config import journal_of, model_of, optimizer_of, tokeniz
 from fastrl.train.provenance import write_environment
 from fastrl.train.run_directory import open_run_directory
 from fastrl.train.sequences import supervised_sequence
+from fastrl.train.shares import packed_for_ranks
 from fastrl.train.supervised import Example, load_examples
 from fastrl.train.update import supervised_batch_loss
 from fastrl.types import TokenBatch
@@ -93,4 +93,4 @@ def packed(rows: Sequence[Example], *, token_budget: int, device: torch.device) 
     """Pack the rows of one optimizer step; every trained token weighs 1 / (trained tokens of the step)."""
     count = sum(sum(row.is_trained) for row in rows)
     sequences = [supervised_sequence(row.ids, row.is_trained, weight=1 / count) for row in rows]
-    return pack(sequences, token_budget=token_budget, device=device)
+    return packed_for_ranks(sequences, token_budget=token_budget, device=device)

@@ -38,6 +38,7 @@ class Journal:
         live: draw the panel on a terminal.
         trackers: names for `open_tracker`.
         config: stored by the trackers.
+        is_silent: write, show and remember nothing: for every rank of a run but the first.
 
     Attributes:
         history: curves of the metrics written so far, for detectors.
@@ -53,14 +54,18 @@ class Journal:
         live: bool,
         trackers: Sequence[str] = (),
         config: Mapping[str, Any],
+        is_silent: bool = False,
     ) -> None:
         self.run_dir = run_dir
+        self._is_silent = is_silent
+        self.history = History()
+        self.last_signals: dict[str, int] = {}
+        if is_silent:
+            return
         self._metrics = MetricsLog(run_dir / METRICS_FILE)
         self._completions = CompletionsLog(run_dir / COMPLETIONS_FILE)
         self._errors = JsonLines(run_dir / ERRORS_FILE)
         self._signals = JsonLines(run_dir / SIGNALS_FILE)
-        self.history = History()
-        self.last_signals: dict[str, int] = {}
         self._trackers = [open_tracker(name, run_dir, config) for name in trackers]
         self._shown_errors: set[str] = set()
         self._panel = Panel(title, total_steps=total_steps, live=live)
@@ -74,6 +79,8 @@ class Journal:
         is_shown: bool = True,
     ) -> None:
         """Log one step: always to metrics.jsonl, and everywhere else when it is shown."""
+        if self._is_silent:
+            return
         self._metrics.write(step, metrics)
         self.history.add(step, metrics)
         if not is_shown:
@@ -86,6 +93,8 @@ class Journal:
 
     def write_errors(self, step: int, errors: Mapping[str, RewardError]) -> None:
         """Log the failures of a step's rewards; the first of each reward goes to standard error too."""
+        if self._is_silent:
+            return
         log_errors(self._errors, step, errors)
         for name, error in errors.items():
             if name not in self._shown_errors:
@@ -98,6 +107,8 @@ class Journal:
 
     def write_signal(self, signal: Signal, action: str) -> None:
         """Log a detector that fired and what was done about it; it goes to standard error too."""
+        if self._is_silent:
+            return
         self._signals.append(asdict(signal) | {"action": action})
         self.last_signals[signal.name] = signal.step
         causes = "; ".join(DETECTORS[signal.name].causes)
@@ -108,6 +119,8 @@ class Journal:
 
     def offsets(self) -> dict[str, int]:
         """Return the lengths of the files, for a checkpoint; what they count is on the disk."""
+        if self._is_silent:
+            return {}
         return {
             METRICS_FILE: self._metrics.offset,
             COMPLETIONS_FILE: self._completions.offset,
@@ -117,6 +130,8 @@ class Journal:
 
     def truncate_to(self, offsets: Mapping[str, int]) -> None:
         """Forget what was logged after a checkpoint, so that a resumed run writes it again; no offset forgets all."""
+        if self._is_silent:
+            return
         self._metrics.truncate_to(offsets.get(METRICS_FILE, 0))
         self._completions.truncate_to(offsets.get(COMPLETIONS_FILE, 0))
         self._errors.truncate_to(offsets.get(ERRORS_FILE, 0))
@@ -128,6 +143,8 @@ class Journal:
 
     def close(self) -> None:
         """Close the files, give the terminal back and, when a step was logged, write the HTML report."""
+        if self._is_silent:
+            return
         self._panel.close()
         for file in (self._metrics, self._completions, self._errors, self._signals):
             file.close()

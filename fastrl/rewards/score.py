@@ -112,7 +112,8 @@ def score(
     counted = gated(values, names, gates)
     failed = [any(isinstance(judgement.values[s], Fault) for judgement in judgements) for s in range(len(completions))]
     total = tuple(
-        None if failed[s] else weighted_total(rewards, [column[s] for column in counted]) for s in range(len(completions))
+        None if failed[s] else weighted_total(rewards, [column[s] for column in counted])
+        for s in range(len(completions))
     )
     lengths = [len(ids) for ids in completion_ids]
     return Scores(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from fastrl.report.detect import Limits
 from fastrl.report.history import History
@@ -18,6 +19,7 @@ from fastrl.report.log import METRICS_FILE, SIGNALS_FILE, read_log
 from fastrl.report.signals import DETECTORS, Signal, is_due, signals_in
 from fastrl.train.checkpoint import set_aside_from
 from fastrl.train.config import OnPolicyConfig, SignalsBlock
+from fastrl.train.distributed import from_first, is_first
 from fastrl.train.run_directory import RunDirectory
 from fastrl.train.snapshot import Progress, Stateful, restore, save
 
@@ -67,8 +69,14 @@ def attended(
         SignalError: the action is stop; or rollback, and there is no checkpoint or rollback left.
     """
     block = config.signals
-    found = signals_in(journal.history.curves, limits_of(block), step=progress.step)
-    due = [each for each in found if is_due(each, journal.last_signals.get(each.name), window=block.window)]
+
+    def look() -> list[dict[str, Any]]:
+        found = signals_in(journal.history.curves, limits_of(block), step=progress.step)
+        return [
+            asdict(each) for each in found if is_due(each, journal.last_signals.get(each.name), window=block.window)
+        ]
+
+    due = [Signal(**each) for each in from_first(look, "a look at the log")]  # the first rank's, which has it
     by_action: dict[str, Signal] = {}
     for signal in due:
         action = block.actions.get(signal.name, "warn")
@@ -103,16 +111,17 @@ def _rolled_back(
     if progress.rollbacks >= config.signals.max_rollbacks:
         save(directory, progress, states, journal.offsets(), keep=config.save_total_limit)
         raise SignalError(_sentence(signal, f"It would be rollback {progress.rollbacks + 1}; max_rollbacks stops here"))
-    if not set_aside_from(directory.path, signal.since):
+    if not from_first(lambda: set_aside_from(directory.path, signal.since), "the checkpoints to go back to"):
         save(directory, progress, states, journal.offsets(), keep=config.save_total_limit)
         raise SignalError(
             _sentence(signal, f"No checkpoint before step {signal.since} to go back to; lower save_steps next time")
         )
     restored, offsets = restore(directory, states, resume="auto")
     number = progress.rollbacks + 1
-    shutil.copyfile(directory.path / METRICS_FILE, directory.path / f"metrics.rolled-back-{number}.jsonl")
-    # The log of signals goes on: it is what tells of the steps that were taken back.
-    journal.truncate_to({**offsets, SIGNALS_FILE: journal.offsets()[SIGNALS_FILE]})
+    if is_first():
+        shutil.copyfile(directory.path / METRICS_FILE, directory.path / f"metrics.rolled-back-{number}.jsonl")
+        # The log of signals goes on: it is what tells of the steps that were taken back.
+        journal.truncate_to({**offsets, SIGNALS_FILE: journal.offsets()[SIGNALS_FILE]})
     return replace(restored, rollbacks=number, lr_scale=progress.lr_scale, kl_coef=progress.kl_coef)
 
 

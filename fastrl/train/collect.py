@@ -21,8 +21,8 @@ from fastrl.rollout.engine import Engine, Sampling
 from fastrl.rollout.episodes import Episode
 from fastrl.rollout.seeds import request_seed
 from fastrl.train.config import OverlongBlock
-from fastrl.train.environments import Player, opened, record_of
 from fastrl.train.distributed import rank
+from fastrl.train.environments import Player, opened, record_of
 from fastrl.train.exchange import of_all_ranks
 from fastrl.train.order import row_at
 from fastrl.train.prompts import Prompt, columns_of
@@ -134,16 +134,50 @@ def _own_part(
             replace(prompt, prompt=opened(prompt, episode)) for prompt, episode in zip(repeated, episodes, strict=True)
         ]
     sampled = perf_counter()
-    scores = _with_punishment(sampler, rollouts, _judged(sampler, repeated, rollouts, completions, episodes, state))
+    group = [ordinal for ordinal in ordinals for _ in range(size)]
+    return _scored(sampler, repeated, rollouts, completions, episodes, group, state, seconds=sampled - started)
+
+
+def judged_experience(
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    rollouts: Sequence[Rollout],
+    group: Sequence[int],
+    *,
+    state: TrainerState | None = None,
+) -> Experience:
+    """Judge completions that were sampled earlier, one by one or before a resumed run was stopped.
+
+    Args:
+        prompts, rollouts, group: [S] the prompt of each completion, the completion, and the ordinal of its prompt.
+        state: see `collect`.
+    """
+    return _scored(sampler, list(prompts), list(rollouts), _completions(sampler, prompts, rollouts), [], group, state)
+
+
+def _scored(
+    sampler: Sampler,
+    prompts: list[Prompt],
+    rollouts: list[Rollout],
+    completions: list[Any],
+    episodes: list[Episode],
+    group: Sequence[int],
+    state: TrainerState | None,
+    *,
+    seconds: float = 0.0,
+) -> Experience:
+    """What was sampled in some seconds, judged; `group` [S]."""
+    started = perf_counter()
+    scores = _with_punishment(sampler, rollouts, _judged(sampler, prompts, rollouts, completions, episodes, state))
     return Experience(
-        prompts=repeated,
+        prompts=prompts,
         rollouts=rollouts,
         completions=completions,
-        group=torch.tensor(ordinals, dtype=torch.int64).repeat_interleave(size),
+        group=torch.tensor(group, dtype=torch.int64),
         reward=torch.tensor([torch.nan if total is None else total for total in scores.total], dtype=torch.float32),
         scores=scores,
-        seconds={"rollout": sampled - started, "reward": perf_counter() - sampled},
-        n_drawn=len(prompts),
+        seconds={"rollout": seconds, "reward": perf_counter() - started},
+        n_drawn=len(set(group)),
         episodes=episodes,
     )
 

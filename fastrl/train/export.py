@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastrl.train.distributed import is_first
 from fastrl.train.durable import write_directory
 from fastrl.train.lora import adapter_names
 from fastrl.train.lora_files import merged_state, save_adapter, without_adapters
@@ -19,6 +20,8 @@ def save_pretrained(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, *, card: str
 ) -> Path:
     """Write safetensors, configuration, generation configuration, tokenizer, chat template and README.md, atomically.
+
+    Of several ranks, which all hold the same weights, the first writes.
 
     The weights are those of the model, in its own precision. The generation configuration keeps every end-of-sequence
     id of the base model and gains the tokenizer's, so that a served model stops where it was trained to.
@@ -34,6 +37,8 @@ def save_pretrained(
         The directory.
     """
     path = Path(directory)
+    if not is_first():
+        return path
     if path.exists() and not (path / "config.json").is_file():
         raise ValueError(f"{path} exists and is no model directory; it would be replaced: choose another name")
 

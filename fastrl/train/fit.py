@@ -22,6 +22,7 @@ from fastrl.train.optimizer import MasterAdamW
 from fastrl.train.order import row_at
 from fastrl.train.run_directory import RunDirectory
 from fastrl.train.schedule import learning_rate_at, warmup_length
+from fastrl.train.shares import step_size
 from fastrl.train.snapshot import Progress, Stateful, restore, save
 from fastrl.train.update import BatchLoss, mean_loss, update
 from fastrl.types import TokenBatch
@@ -155,8 +156,8 @@ def evaluate(rows: Rows[Row], journal: Journal, progress: Progress) -> None:
 def length_of(config: TrainConfig, n_rows: int) -> tuple[int, int, int]:
     """Rows of a step, rows visited in the whole run, and its steps.
 
-    An epoch-counted run ends with a short batch rather than in a next epoch.
+    Every rank is a device. An epoch-counted run ends with a short batch rather than in a next epoch.
     """
-    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    batch_size = step_size(config)
     end = config.max_steps * batch_size if config.max_steps > 0 else ceil(config.num_train_epochs * n_rows)
     return batch_size, end, ceil(end / batch_size)

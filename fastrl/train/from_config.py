@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fastrl.report.journal import Journal
 from fastrl.train.config import TrainConfig
 from fastrl.train.device import compute_dtype, pick_device
+from fastrl.train.distributed import is_first
 from fastrl.train.lora import add_lora
 from fastrl.train.model import load_model, load_tokenizer
 from fastrl.train.optimizer import MasterAdamW
@@ -99,11 +100,12 @@ def optimizer_of(config: TrainConfig, model: nn.Module) -> MasterAdamW:
         betas=(config.adam_beta1, config.adam_beta2),
         epsilon=config.adam_epsilon,
         weight_decay=config.weight_decay,
+        is_sharded=config.distributed.shard == "optimizer",
     )
 
 
 def journal_of(config: TrainConfig, directory: RunDirectory, *, title: str, total_steps: int) -> Journal:
-    """The run's log, which the caller opens with `with`."""
+    """The run's log, which the caller opens with `with`; only the first rank's writes."""
     return Journal(
         directory.path,
         title=title,
@@ -111,4 +113,5 @@ def journal_of(config: TrainConfig, directory: RunDirectory, *, title: str, tota
         live=config.report.panel,
         trackers=config.report.to,
         config=asdict(config),
+        is_silent=not is_first(),
     )

@@ -24,7 +24,8 @@ class SamplerMismatchError(RuntimeError):
 
 def finite(loss: Tensor, grad_norm: Tensor) -> bool:
     """Whether both scalars are finite; waits for the device once."""
-    return bool(torch.stack([loss.detach().float(), grad_norm.detach().float()]).isfinite().all())
+    norm = grad_norm.detach().float()
+    return bool(torch.stack([loss.detach().float().to(norm.device), norm]).isfinite().all())
 
 
 def non_finite_cause(loss: Tensor, gradients: Mapping[str, Tensor]) -> str:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastrl.data.pack import pack
 from fastrl.report.preview import print_table
 from fastrl.train.config import KernelsBlock, PreferenceConfig
 from fastrl.train.logprob import sequence_sum, trained_logprob
 from fastrl.train.model import model_head
 from fastrl.train.preference_rows import Pair, load_pairs
 from fastrl.train.sequences import supervised_sequence
+from fastrl.train.shares import packed_for_ranks
 from fastrl.types import TokenBatch
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def pack_pairs(pairs: Sequence[Pair], *, token_budget: int, device: torch.device
     """Pack chosen and rejected of each pair into one batch: sequences 2p and 2p + 1 of the step; weights are 1."""
     examples = [example for pair in pairs for example in (pair.chosen, pair.rejected)]
     sequences = [supervised_sequence(example.ids, example.is_trained, weight=1.0) for example in examples]
-    return pack(sequences, token_budget=token_budget, group=[i // 2 for i in range(len(sequences))], device=device)
+    pair_of = [i // 2 for i in range(len(sequences))]
+    return packed_for_ranks(sequences, token_budget=token_budget, group=pair_of, device=device)
 
 
 def pair_scores(

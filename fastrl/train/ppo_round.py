@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastrl.data.pack import TokenSequence, pack, unpack_columns
+from fastrl.data.pack import TokenSequence, unpack_columns
 from fastrl.losses.advantage import token_reward, whiten
 from fastrl.losses.kl import Estimator
 from fastrl.ops.gae import gae
@@ -22,6 +22,7 @@ from fastrl.train.config import PPOConfig
 from fastrl.train.order import epoch_order
 from fastrl.train.running_moments import RunningMoments
 from fastrl.train.sequences import rollout_sequences
+from fastrl.train.shares import of_every_batch, packed_for_ranks
 from fastrl.types import Rollout, TokenBatch
 
 PerToken = Callable[[TokenBatch], Tensor]
@@ -105,7 +106,7 @@ def measured_round(
         device: of the models.
     """
     plain = rollout_sequences(rollouts, weight=[1.0] * len(rollouts), advantage=[0.0] * len(rollouts))
-    batches = pack(plain, token_budget=config.packing.token_budget, device=device)
+    batches = packed_for_ranks(plain, token_budget=config.packing.token_budget, device=device)
     trained = torch.cat([batch.weight != 0 for batch in batches])
     lengths = torch.cat([batch.cu_seqlens.diff() for batch in batches])
     borders = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
@@ -165,8 +166,9 @@ def _weighed(sequences: list[TokenSequence]) -> list[TokenSequence]:
 
 
 def _of_all(batches: Sequence[TokenBatch], trained: Tensor, function: PerToken) -> Tensor:
-    """[T] of all batches one after another, 0 where not trained."""
-    return torch.where(trained, torch.cat([function(batch).float() for batch in batches]), 0.0)
+    """[T] of all batches one after another, 0 where not trained; every rank measures its own, and has all."""
+    (found,) = of_every_batch(batches, lambda batch: (function(batch),), columns=1, what="the measures of the round")
+    return torch.where(trained, torch.cat(found), 0.0)
 
 
 def _metrics(

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from fastrl.algorithms.policy_gradient import PolicyGradient
 from fastrl.algorithms.presets import ppo
-from fastrl.data.pack import pack
 from fastrl.rewards.protocol import Reward
 from fastrl.rewards.resolve import resolve_rewards
 from fastrl.rollout.builtin import context_length
@@ -28,6 +27,7 @@ from fastrl.train.ppo_roles import Roles, roles_of
 from fastrl.train.prompts import Prompt
 from fastrl.train.running_moments import RunningMoments
 from fastrl.train.sequences import supervised_sequence
+from fastrl.train.shares import packed_for_ranks, step_size
 from fastrl.train.snapshot import Stateful
 from fastrl.train.supervised import Example, load_examples
 from fastrl.train.update import BatchLoss
@@ -96,8 +96,7 @@ def set_up(
         policy_loss = joint_update_loss(config, roles.policy, algorithm, roles.value_head)
     else:
         policy_loss = policy_update_loss(config, roles.policy, algorithm)
-    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    groups = batch_size * config.num_mini_batches // config.num_generations
+    groups = step_size(config) * config.num_mini_batches // config.num_generations
     rounds = ceil(config.num_train_epochs * len(prompts) / groups)
     steps_of_rounds = rounds * config.num_mini_batches * config.num_ppo_epochs
     return Setup(
@@ -172,8 +171,8 @@ def pretrain_batches(config: PPOConfig, setup: Setup, *, step: int) -> list[Toke
     rows = setup.pretrain
     if not rows:
         return []
-    count = config.pretrain_batch_size or config.per_device_train_batch_size * config.gradient_accumulation_steps
+    count = config.pretrain_batch_size or step_size(config)
     chosen = [rows[row_at(i, n=len(rows), seed=config.seed)] for i in range(step * count, (step + 1) * count)]
     tokens = sum(sum(row.is_trained) for row in chosen)
     sequences = [supervised_sequence(row.ids, row.is_trained, weight=config.ptx_coef / tokens) for row in chosen]
-    return pack(sequences, token_budget=config.packing.token_budget, device=setup.roles.policy.device)
+    return packed_for_ranks(sequences, token_budget=config.packing.token_budget, device=setup.roles.policy.device)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastrl.algorithms.policy_gradient import PolicyGradient, has_signal, token_advantage
-from fastrl.data.pack import TokenSequence, pack
+from fastrl.data.pack import TokenSequence
 from fastrl.losses.entropy import entropy_keep
 from fastrl.losses.weighting import without
 from fastrl.train.config import KernelsBlock
@@ -23,6 +23,7 @@ from fastrl.train.logprob import trained_logprob
 from fastrl.train.lora import adapter_off
 from fastrl.train.model import model_head
 from fastrl.train.sequences import rollout_sequences, trained_length
+from fastrl.train.shares import of_every_batch, packed_for_ranks
 from fastrl.types import Head, Rollout, TokenBatch
 
 
@@ -51,6 +52,7 @@ def cut_into_steps(
     is_kept: Tensor,
     keep_denominator: bool,
     steps: int,
+    credit: Sequence[Sequence[float]] | None = None,
 ) -> list[StepSequences]:
     """Cut a round into optimizer steps of equal size, weigh each step's completions, drop those without gradient.
 
@@ -62,6 +64,7 @@ def cut_into_steps(
         is_judged: [S] bool; False (no verdict, failed engine) leaves loss and denominator.
         is_kept: [S] bool; False (truncated, when those are masked) leaves the loss.
         keep_denominator: completions masked by `is_kept` still count in the denominator.
+        credit: [S][completion tokens] what each token's advantage gains beside its completion's; None is nothing.
         steps: how many; a round with fewer completions makes fewer steps.
     """
     cut = []
@@ -75,6 +78,7 @@ def cut_into_steps(
                 is_judged=is_judged[part],
                 is_kept=is_kept[part],
                 keep_denominator=keep_denominator,
+                credit=None if credit is None else [credit[i] for i in part.tolist()],
             )
         )
     return cut
@@ -89,6 +93,7 @@ def step_sequences(
     is_judged: Tensor,
     is_kept: Tensor,
     keep_denominator: bool,
+    credit: Sequence[Sequence[float]] | None = None,
 ) -> StepSequences:
     """Weigh the completions of one optimizer step and drop those without gradient; the normaliser keeps them.
 
@@ -98,11 +103,14 @@ def step_sequences(
     length = torch.where(is_judged, length, 0)
     weight = without(algorithm.weighting, length, group, is_kept, keep_denominator=keep_denominator)
     moves = torch.ones_like(is_kept) if needs_every_token(algorithm) else has_signal(algorithm, advantage)
+    if credit is not None:
+        moves = moves | torch.tensor([any(each) for each in credit], dtype=torch.bool)
     chosen = (weight != 0) & moves
     sequences = rollout_sequences(
         list(compress(rollouts, chosen.tolist())),
         weight=weight[chosen].tolist(),
         advantage=advantage[chosen].tolist(),
+        credit=None if credit is None else list(compress(credit, chosen.tolist())),
     )
     n_tokens = sum(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts)
     return StepSequences(sequences, len(rollouts), n_tokens)
@@ -147,26 +155,34 @@ def prepare(
         Batches on the model's device; [] when no completion of the step has a gradient.
     """
     device = next(model.parameters()).device
-    batches = pack(step.sequences, token_budget=token_budget, device=device)
+    batches = packed_for_ranks(step.sequences, token_budget=token_budget, device=device)
     needs_entropy = algorithm.entropy_quantile < 1
     kl_in_reward = algorithm.kl is not None and algorithm.kl.placement == "reward"
     if algorithm.kl is not None:
         assert reference is not None, "an algorithm with a KL needs the reference model"
         head = model_head(reference, temperature=temperature)
         with adapter_off(reference):
-            ref = [trained_stats(reference, head, batch, kernels)[0] for batch in batches]
+            ref = _stats_of_step(reference, head, batches, kernels, "the reference's log-probabilities")[0]
         batches = [replace(batch, ref_logprob=logprob) for batch, logprob in zip(batches, ref, strict=True)]
-    stats: list[tuple[Tensor, Tensor]] = []
+    old: list[Tensor] = []
+    entropy: list[Tensor] = []
     if needs_old or needs_entropy or kl_in_reward:
         head = model_head(model, temperature=temperature)
-        stats = [trained_stats(model, head, batch, kernels) for batch in batches]
+        old, entropy = _stats_of_step(model, head, batches, kernels, "the policy's log-probabilities")
     if kl_in_reward or algorithm.whiten:
-        batches = _with_token_advantage(algorithm, batches, [logprob for logprob, _ in stats])
+        batches = _with_token_advantage(algorithm, batches, old)
     if needs_entropy:
-        batches = _with_kept_entropy(algorithm, batches, [entropy for _, entropy in stats])
+        batches = _with_kept_entropy(algorithm, batches, entropy)
     if needs_old:
-        batches = [replace(batch, old_logprob=logprob) for batch, (logprob, _) in zip(batches, stats, strict=True)]
+        batches = [replace(batch, old_logprob=logprob) for batch, logprob in zip(batches, old, strict=True)]
     return batches
+
+
+def _stats_of_step(
+    model: PreTrainedModel, head: Head, batches: Sequence[TokenBatch], kernels: KernelsBlock, what: str
+) -> list[list[Tensor]]:
+    """Log-probabilities and entropies of all batches of a step; every rank measures its own, and has all."""
+    return of_every_batch(batches, lambda batch: trained_stats(model, head, batch, kernels), columns=2, what=what)
 
 
 def _with_token_advantage(

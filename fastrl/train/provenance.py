@@ -13,6 +13,7 @@ import torch
 
 import fastrl
 from fastrl.train.device import GIB
+from fastrl.train.distributed import is_first, size
 from fastrl.train.durable import write_text
 
 ENVIRONMENT_FILE = "environment.json"
@@ -20,7 +21,9 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "trit
 
 
 def write_environment(run_dir: Path, device: torch.device) -> None:
-    """Write `environment.json`; a resumed run writes that of its new start over it."""
+    """Write `environment.json`, of the first rank; a resumed run writes that of its new start over it."""
+    if not is_first():
+        return
     write_text(run_dir / ENVIRONMENT_FILE, json.dumps(environment(device), indent=1) + "\n")
 
 
@@ -33,6 +36,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "device": _device(device),
+        "ranks": size(),
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
     }

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fastrl.data.pack import pack
 from fastrl.train.config import ReferenceConfig, TrainConfig
+from fastrl.train.distributed import add_up
 from fastrl.train.from_config import model_of, reference_of
 from fastrl.train.logprob import sequence_sum, trained_logprob
 from fastrl.train.lora import adapter_off
 from fastrl.train.model import model_head
 from fastrl.train.sequences import supervised_sequence
+from fastrl.train.shares import own_batches, packed_for_ranks
 from fastrl.train.supervised import Example
 
 if TYPE_CHECKING:
@@ -83,9 +84,11 @@ def completion_logprob(
     """[S] summed log-probability of each completion's trained tokens, f32, nats; a constant."""
     sequences = [supervised_sequence(each.ids, each.is_trained, weight=1.0) for each in examples]
     total = torch.zeros(len(sequences), device=model.device)
-    for batch in pack(sequences, token_budget=config.packing.token_budget, device=model.device):
+    batches = packed_for_ranks(sequences, token_budget=config.packing.token_budget, device=model.device)
+    for batch in own_batches(batches):
         logprob, _ = trained_logprob(model, model_head(model, temperature=temperature), batch, config.kernels)
         total[batch.sequence] = sequence_sum(logprob, batch)
+    add_up([total], "the log-probabilities of the completions")  # zeros where other ranks have the numbers
     return total
 
 

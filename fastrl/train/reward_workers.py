@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 from fastrl.rewards.score import Scores
 from fastrl.rewards.workers import RewardWorkers
 from fastrl.train.config import RewardsBlock
+from fastrl.train.ranks import launched_ranks
 
 MOST_FAILING_STEPS = 3
 
@@ -19,8 +21,11 @@ def workers_of(block: RewardsBlock) -> RewardWorkers | None:
     """Return the pool that judges; None when the configuration wants every reward in this process."""
     if block.workers == 0:
         return None
+    ranks = launched_ranks().local_size
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return RewardWorkers(
-        workers=block.workers,
+        # Each rank of a machine has its own pool; together they use its cores once.
+        workers=max(1, cores // ranks) if block.workers is None and ranks > 1 else block.workers,
         spare_workers=block.spare_workers,
         timeout_seconds=block.timeout_seconds,
         cache_size=block.cache_size,

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from fastrl.train.checkpoint import load_checkpoint, resume_point, save_checkpoint
+from fastrl.train.distributed import from_first, is_first, told_tensors
 from fastrl.train.run_directory import RunDirectory
 
 
@@ -56,22 +57,28 @@ def save(
 ) -> None:
     """Write `checkpoint-STEP/`, whole or not at all; a step that has one already is not saved again.
 
+    Every rank must call it: rank 0 writes, and gets the state that others own.
+
     Args:
         states: what the run cannot make again, by name: "optimizer" with the weights, and others a recipe has.
         offsets: lengths of the log files, which a resumed run cuts back to.
         keep: newest checkpoints kept; None keeps all.
     """
-    if (directory.path / f"checkpoint-{progress.step}").exists():
+    path = directory.path / f"checkpoint-{progress.step}"
+    if from_first(path.exists, "a look for the checkpoint"):
         return
     state = {"progress": asdict(progress), "offsets": dict(offsets)}
     tensors = {name: owner.state_dict() for name, owner in states.items()}
-    save_checkpoint(directory.path, progress.step, tensors=tensors, state=state, keep=keep)
+    if is_first():
+        save_checkpoint(directory.path, progress.step, tensors=tensors, state=state, keep=keep)
 
 
 def restore(
     directory: RunDirectory, states: Mapping[str, Stateful], *, resume: str | None
 ) -> tuple[Progress, dict[str, int]]:
     """Load the checkpoint that `resume` means; a fresh start when there is none.
+
+    Rank 0 reads and tells the others, however many there were when it was written.
 
     Args:
         states: as given to `save`; each gets back what it had.
@@ -80,15 +87,24 @@ def restore(
     Returns:
         The progress, and the lengths the log files are cut back to.
     """
-    checkpoint = resume_point(directory.path, resume)
-    if checkpoint is None:
+    tensors: dict[str, dict[str, Tensor]] = {}
+
+    def read() -> dict[str, Any] | None:
+        checkpoint = resume_point(directory.path, resume)
+        if checkpoint is None:
+            return None
+        found, state = load_checkpoint(checkpoint)
+        if found.keys() != states.keys():
+            raise ValueError(
+                f"{checkpoint} holds the state of {', '.join(sorted(found))}, and this run has "
+                f"{', '.join(sorted(states))}; resume with the recipe and the options it was started with"
+            )
+        tensors.update(found)
+        return state
+
+    state = from_first(read, "the checkpoint")
+    if state is None:
         return Progress(), {}
-    tensors, state = load_checkpoint(checkpoint)
-    if tensors.keys() != states.keys():
-        raise ValueError(
-            f"{checkpoint} holds the state of {', '.join(sorted(tensors))}, and this run has "
-            f"{', '.join(sorted(states))}; resume with the recipe and the options it was started with"
-        )
     for name, owner in states.items():
-        owner.load_state_dict(tensors[name])
+        owner.load_state_dict(told_tensors(tensors.pop(name, {}), f"the state of {name}"))
     return Progress(**state["progress"]), state["offsets"]

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from fastrl.train.distributed import any_of
 from fastrl.train.guards import NonFiniteError, finite, non_finite_cause
 from fastrl.train.optimizer import MasterAdamW
 
@@ -35,7 +36,7 @@ def optimizer_step(
 ) -> StepResult:
     """Apply the accumulated gradients if they and the loss are finite, then forget them.
 
-    A step that is not finite leaves weights, moments and step counts bit for bit as they were.
+    A step that is not finite leaves weights, moments and step counts bit for bit as they were. Ranks decide together.
 
     Args:
         loss: [] the step's loss, summed over its micro-batches; only looked at.
@@ -46,7 +47,7 @@ def optimizer_step(
         NonFiniteError: something is not finite and `on_nonfinite` is "halt".
     """
     grad_norm = optimizer.grad_norm()
-    if finite(loss, grad_norm):
+    if not any_of(not finite(loss, grad_norm), "the look at the loss and the gradient norm"):
         optimizer.step(lr, max_grad_norm=max_grad_norm, grad_norm=grad_norm)
         optimizer.zero_grad()
         return StepResult(grad_norm, None)

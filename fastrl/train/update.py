@@ -13,9 +13,10 @@ from fastrl.losses.supervised import nll
 from fastrl.ops.linear_cross_entropy import linear_cross_entropy
 from fastrl.ops.linear_token_loss import LossFunction, linear_token_loss
 from fastrl.train.config import KernelsBlock, TrainConfig
-from fastrl.train.metrics import means_of, sums_of
+from fastrl.train.metrics import means_of, sums_of, sums_of_all_ranks
 from fastrl.train.model import hidden_states, model_head
 from fastrl.train.optimizer import MasterAdamW
+from fastrl.train.shares import own_batches
 from fastrl.train.step import optimizer_step
 from fastrl.types import LossOutput, TokenBatch
 
@@ -34,10 +35,11 @@ def update(
 ) -> dict[str, float]:
     """Accumulate the micro-batches' gradients and take one optimizer step.
 
-    Weights are shares of the whole step, so the losses add and no micro-batch is scaled. A step without a
-    micro-batch (no completion has a gradient) leaves weights and optimizer state alone.
+    Weights are shares of the whole step, so the losses add, over micro-batches and over ranks, and nothing is scaled.
+    A step without a micro-batch (no completion has a gradient) leaves weights and optimizer state alone.
 
     Args:
+        batches: of the whole step, the same on every rank; each runs its own through the model.
         step: number of the step, for messages.
 
     Returns:
@@ -46,11 +48,12 @@ def update(
     if not batches:
         return {"loss": 0.0, "grad_norm": 0.0, "learning_rate": lr, "skipped_step": 1.0}
     pairs: list[tuple[LossOutput, TokenBatch]] = []
-    for batch in batches:
+    for batch in own_batches(batches):
         output = batch_loss(batch)
         output.loss.backward()  # type: ignore[no-untyped-call]
         pairs.append((replace(output, loss=output.loss.detach()), batch))  # the graph goes, with its gradients
-    sums = sums_of(pairs)
+    sums = sums_of_all_ranks(sums_of(pairs))
+    optimizer.sum_gradients()
     result = optimizer_step(
         optimizer,
         sums.loss,
@@ -132,5 +135,5 @@ def supervised_batch_loss(
 
 @torch.no_grad()
 def mean_loss(batch_loss: BatchLoss, batches: Sequence[TokenBatch]) -> dict[str, float]:
-    """Loss and metrics without gradient, for held-out data: at least one batch."""
-    return means_of(sums_of((batch_loss(batch), batch) for batch in batches))
+    """Loss and metrics without gradient, for held-out data: at least one batch, the same ones on every rank."""
+    return means_of(sums_of_all_ranks(sums_of((batch_loss(batch), batch) for batch in own_batches(batches))))

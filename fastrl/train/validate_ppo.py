@@ -9,6 +9,7 @@ from fastrl.train.config import PPOConfig
 from fastrl.train.config.pipeline import is_made_later
 from fastrl.train.tiny_files import MODELS, is_tiny, tiny_problem
 from fastrl.train.validate_files import dataset_problem
+from fastrl.train.validate_ranks import launched_step_size, times_ranks
 from fastrl.train.validate_rewards import reward_problem
 
 Problems = Iterator[str]
@@ -77,11 +78,12 @@ def _adapters(config: PPOConfig) -> Problems:
 
 
 def _round(config: PPOConfig) -> Problems:
-    completions = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.num_mini_batches
+    completions = launched_step_size(config) * config.num_mini_batches
     if completions % config.num_generations:
         yield (
-            f"num_generations: a round of per_device_train_batch_size x gradient_accumulation_steps x num_mini_batches "
-            f"= {completions} completions is no whole number of groups of {config.num_generations}; change one of them"
+            f"num_generations: a round of per_device_train_batch_size x gradient_accumulation_steps x num_mini_batches"
+            f"{times_ranks()} = {completions} completions is no whole number of groups of {config.num_generations}; "
+            "change one of them"
         )
     if config.target_kl is not None and config.num_ppo_epochs * config.num_mini_batches == 1:
         yield (

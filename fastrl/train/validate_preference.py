@@ -13,6 +13,7 @@ from fastrl.train.config import (
     ReferenceConfig,
 )
 from fastrl.train.validate_files import model_problem
+from fastrl.train.validate_ranks import launched_step_size, times_ranks
 from fastrl.train.validate_rewards import reward_problem
 
 Problems = Iterator[str]
@@ -78,8 +79,7 @@ def dpo_problems(config: DPOConfig) -> Problems:
 
 def kto_problems(config: KTOConfig) -> Problems:
     """Rules of `fastrl kto`."""
-    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    if config.loss_type == "kto" and batch_size < 2:
+    if config.loss_type == "kto" and launched_step_size(config) < 2:
         yield (
             "per_device_train_batch_size: kto's baseline pairs prompts with completions of other rows of the step; "
             "set at least 2"
@@ -129,11 +129,11 @@ def online_dpo_problems(config: OnlineDPOConfig) -> Problems:
         yield from (f"ref_{problem}" for problem in model_problem(config.ref_model_name_or_path))
     if config.num_generations < 2:
         yield "num_generations: a pair needs at least 2 completions of a prompt"
-    elif config.per_device_train_batch_size * config.gradient_accumulation_steps % config.num_generations:
+    elif launched_step_size(config) % config.num_generations:
         yield (
             f"num_generations: per_device_train_batch_size x gradient_accumulation_steps = "
-            f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} completions are no whole "
-            f"number of groups of {config.num_generations}"
+            f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps}{times_ranks()} completions "
+            f"are no whole number of groups of {config.num_generations}"
         )
     if config.beta == 0:
         yield "beta: 0 leaves nothing to learn; set it above 0, such as 0.1"

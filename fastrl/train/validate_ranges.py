@@ -30,6 +30,8 @@ RANGES = {
     "environment.max_tool_calling_iterations": "[0, inf)",
     "environment.reward_weight": "(-inf, inf)",
     "environment.tool_timeout_seconds": "(0, inf)",
+    "environment.turn_advantage_weight": "[0, inf)",
+    "environment.turn_gamma": "[0, 1]",
     "environment.workers": "[0, inf)",
     "epsilon": "(0, 1]",
     "epsilon_high": "(0, inf)",

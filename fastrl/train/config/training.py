@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastrl.train.config.blocks import DataBlock, KernelsBlock, PackingBlock, ReportBlock
+from fastrl.train.config.distributed import DistributedBlock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,8 @@ class TrainConfig:
         max_steps: optimizer steps; -1 trains num_train_epochs.
         num_train_epochs: passes over the data when max_steps is -1.
         per_device_train_batch_size: sequences a device contributes to one accumulation step; the product with
-            gradient_accumulation_steps is the optimizer step's batch. Memory is set by packing.token_budget.
+            gradient_accumulation_steps and the number of devices (the ranks that torchrun starts) is the optimizer
+            step's batch. Memory is set by packing.token_budget.
         gradient_accumulation_steps: batches of per_device_train_batch_size in one optimizer step.
         learning_rate: AdamW's, at the end of warm-up.
         lr_scheduler_type: shape of the learning rate after warm-up.
@@ -51,6 +53,7 @@ class TrainConfig:
         packing: how sequences are cut into micro-batches.
         kernels: which implementation of the ops runs.
         report: what the run shows.
+        distributed: how ranks share the work.
     """
 
     model_name_or_path: str
@@ -91,3 +94,4 @@ class TrainConfig:
     packing: PackingBlock = PackingBlock()
     kernels: KernelsBlock = KernelsBlock()
     report: ReportBlock = ReportBlock()
+    distributed: DistributedBlock = DistributedBlock()
