@@ -126,6 +126,7 @@ def token_metrics(
         found["sampling/importance_sampling_ratio/mean"] = weight
     if batch.sampler_logprob is not None:
         difference = (old - batch.sampler_logprob).abs()
+        found["sampling/importance_ratio"] = (old - batch.sampler_logprob).exp()
         found["sampling/sampling_logp_difference/mean"] = difference
         found["sampling/probability_error"] = difference.exp()
     if batch.ref_logprob is not None:

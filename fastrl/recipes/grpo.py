@@ -21,15 +21,17 @@ from fastrl.losses.advantage import multi_objective
 from fastrl.report.completions import samples_of
 from fastrl.report.journal import Journal
 from fastrl.report.preview import completion_rows, print_table
+from fastrl.train.ahead import Rounds, Source
 from fastrl.train.algorithm import algorithm_from
 from fastrl.train.attend import attended
-from fastrl.train.collect import Experience, TrainerState, collect, collect_round, reward_columns
+from fastrl.train.collect import Experience, collect, reward_columns
 from fastrl.train.config import GRPOConfig
 from fastrl.train.contents import contents_of
 from fastrl.train.curriculum import weight_metrics
 from fastrl.train.device import peak_gib
 from fastrl.train.engine import opened_engine
 from fastrl.train.environments import rewards_of
+from fastrl.train.episode_credit import environment_errors, token_credit
 from fastrl.train.estimate import estimate_by_group
 from fastrl.train.experience_metrics import experience_metrics
 from fastrl.train.export import save_pretrained
@@ -42,7 +44,8 @@ from fastrl.train.provenance import write_environment
 from fastrl.train.reward_workers import check_error_rates
 from fastrl.train.run_directory import open_run_directory
 from fastrl.train.schedule import learning_rate_at, warmup_length
-from fastrl.train.snapshot import Progress, restore, save
+from fastrl.train.snapshot import Progress, Stateful, restore, save
+from fastrl.train.staleness import RatioRange, is_fresh
 from fastrl.train.update import policy_batch_loss, update
 from fastrl.types import TokenBatch
 
@@ -62,30 +65,21 @@ def run(config: GRPOConfig) -> int:
         setup = set_up(config, tokenizer, resources)
         write_environment(directory.path, setup.policy.device)
         title = f"fastrl grpo ({config.parity or config.algorithm})"
-        states = {"optimizer": setup.optimizer}
+        rounds = resources.enter_context(Rounds(source_of(config, setup), depth=config.rollout.max_staleness))
+        states: dict[str, Stateful] = {"optimizer": setup.optimizer}
+        if config.rollout.max_staleness > 0:
+            states["rounds"] = rounds
         with journal_of(config, directory, title=title, total_steps=setup.total_steps) as journal:
             progress, offsets = restore(directory, states, resume=config.resume_from_checkpoint)
             journal.truncate_to(offsets)
             rounds_without_verdict, failing = 0, dict[str, int]()
             while progress.step < setup.total_steps:
-                first, started = progress.step, perf_counter()
-                setup.sampler.engine.load_weights(setup.policy, progress.step)
-                synced = perf_counter() - started
-                sampler = sampler_at(setup.sampler, config, progress)
-                experience, ordinal = collect_round(
-                    sampler,
-                    setup.prompts,
-                    first_ordinal=progress.ordinal,
-                    groups=setup.groups,
-                    max_rounds=config.dynamic_sampling.max_rounds,
-                    state=TrainerState(progress.step, setup.total_steps, progress.ordinal / len(setup.prompts)),
-                )
-                setup.sampler.engine.rest()
-                if directory.interrupted():
+                first = progress.step
+                experience, ordinal = rounds.take(progress)
+                if directory.interrupted() and config.rollout.max_staleness == 0:
                     # This round has taught nothing yet: the resumed run samples it again, alike.
                     save(directory, progress, states, journal.offsets(), keep=config.save_total_limit)
                     return EXIT_INTERRUPTED
-                experience = replace(experience, seconds=experience.seconds | {"sync": synced})
                 progress = learn(config, setup, journal, experience, replace(progress, ordinal=ordinal))
                 is_last = progress.step >= setup.total_steps
                 rounds_without_verdict = check_verdicts(
@@ -93,7 +87,8 @@ def run(config: GRPOConfig) -> int:
                 )
                 failing = check_error_rates(experience.scores, failing, config.rewards)
                 if setup.held_out and (is_last or _crossed(first, progress.step, config.eval_steps)):
-                    evaluate(setup, journal, progress)
+                    with rounds.paused():
+                        evaluate(setup, journal, progress)
                 beta = 0.0 if setup.algorithm.kl is None else setup.algorithm.kl.coef
                 progress = attended(config, directory, journal, progress, states, kl_coef=beta)
                 if is_last or directory.interrupted() or _crossed(first, progress.step, config.save_steps):
@@ -152,6 +147,7 @@ def learn(config: GRPOConfig, setup: Setup, journal: Journal, experience: Experi
         is_kept=_kept(config, experience),
         keep_denominator=config.keep_masked_denominator,
         steps=config.steps_per_generation,
+        credit=token_credit(experience.episodes, experience.group, experience.reward.isfinite(), config.environment),
     )
     batches = [_prepared(config, setup, algorithm, step) for step in steps]
     experience = replace(experience, seconds=experience.seconds | {"logprob": perf_counter() - started})
@@ -171,18 +167,23 @@ def learn(config: GRPOConfig, setup: Setup, journal: Journal, experience: Experi
         count=config.report.log_completions,
         advantages=advantage.tolist(),
     )
-    journal.write_errors(progress.step + 1, experience.scores.errors)
+    errors = experience.scores.errors | environment_errors(experience.episodes)
+    journal.write_errors(progress.step + 1, errors)
+    is_on_policy = draws_from_the_policy(config) and is_fresh(experience.rollouts, version=progress.step)
     for index, (step, step_batches) in enumerate(updates):
         started = perf_counter()
+        batch_loss = policy_batch_loss(setup.policy, algorithm, config.kernels, temperature=config.temperature)
+        ratios = RatioRange(batch_loss) if config.rollout.max_staleness > 0 else None
         metrics = update(
             setup.optimizer,
-            policy_batch_loss(setup.policy, algorithm, config.kernels, temperature=config.temperature),
+            batch_loss if ratios is None else ratios,
             step_batches,
             config,
             lr=_learning_rate(config, setup, progress),
             step=progress.step + 1,
         )
-        if index == 0 and not metrics["skipped_step"] and draws_from_the_policy(config):
+        metrics |= {} if ratios is None else ratios.metrics()
+        if index == 0 and not metrics["skipped_step"] and is_on_policy:
             check_probability_error(metrics["sampling/probability_error"], step=progress.step + 1)
         progress = _advanced(config, setup, progress, metrics, step)
         algorithm = _steered(setup.algorithm, progress)
@@ -208,6 +209,20 @@ def evaluate(setup: Setup, journal: Journal, progress: Progress) -> None:
         metrics |= {"eval/reward": reward.mean, "eval/reward_standard_error": reward.standard_error}
     journal.write(progress.step, metrics)
     journal.write_errors(progress.step, found.scores.errors)
+
+
+def source_of(config: GRPOConfig, setup: Setup) -> Source:
+    """What the rounds of a run are drawn from."""
+    return Source(
+        config=config,
+        policy=setup.policy,
+        sampler=setup.sampler,
+        prompts=setup.prompts,
+        groups=setup.groups,
+        max_rounds=config.dynamic_sampling.max_rounds,
+        updates=config.steps_per_generation * config.num_iterations,
+        total_steps=setup.total_steps,
+    )
 
 
 def draws_from_the_policy(config: GRPOConfig) -> bool:

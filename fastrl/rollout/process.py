@@ -129,6 +129,9 @@ class ProcessEngine:
         self._losses = 0
         return rollouts
 
+    def rest(self) -> None:
+        """Nothing to give back between rounds."""
+
     def close(self) -> None:
         """End the child and give the shared memory back; a second call does nothing."""
         if self._child is not None:

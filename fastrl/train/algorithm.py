@@ -53,8 +53,10 @@ def algorithm_from(config: GRPOConfig) -> PolicyGradient:
         changes["advantage"] = ADVANTAGES[config.scale_rewards]
     if config.importance_sampling_level is not None:
         changes["ratio"] = sequence_ratio if config.importance_sampling_level == "sequence" else token_ratio
-    if config.sampler_correction.mode != "none":
-        changes["correction"] = _correction(config.sampler_correction)
+    if (mode := config.sampler_correction.mode) is not None:
+        changes["correction"] = None if mode == "none" else _correction(config.sampler_correction)
+    elif config.rollout.max_staleness > 0 and algorithm.correction is None:
+        changes["correction"] = partial(truncate, high=config.sampler_correction.high)
     return replace(algorithm, entropy_coef=config.entropy_coef, entropy_quantile=config.top_entropy_quantile, **changes)
 
 

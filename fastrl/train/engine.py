@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastrl.rollout.builtin import BuiltinEngine
 from fastrl.rollout.engine import Engine
+from fastrl.rollout.process import ProcessEngine
 from fastrl.rollout.vllm_engine import VLLMEngine
 from fastrl.rollout.vllm_start import Settings
 from fastrl.train.config import GKDConfig, InferenceConfig, OnPolicyConfig, TrainConfig
@@ -28,6 +29,19 @@ def opened_engine(
     """
     if config.rollout.engine == "vllm":
         with closing(vllm_engine(config, policy, tokenizer)) as engine:
+            yield engine
+        return
+    if config.rollout.max_staleness > 0:
+        # Threads of one process do not overlap: what samples while the trainer computes needs a process of its own.
+        with closing(
+            ProcessEngine(
+                policy,
+                tokenizer,
+                batch_size=config.rollout.batch_size,
+                timeout_seconds=config.rollout.timeout_seconds,
+                modules=("fastrl.train.attention",),
+            )
+        ) as engine:
             yield engine
         return
     yield BuiltinEngine(policy, tokenizer, batch_size=config.rollout.batch_size)

@@ -108,6 +108,7 @@ def test_metrics_have_the_names_of_trl(base: Base, tmp_path: Path) -> None:
         sampling/sampling_logp_difference/mean sampling/importance_sampling_ratio/mean
         loss grad_norm learning_rate num_tokens epoch step_time"""
     ours = """rewards/digit_sum/error_rate sampling/error_rate sampling/probability_error ratio approx_kl
+        sampling/importance_ratio
         time/rollout time/reward time/logprob time/train time/sync tokens_per_second memory/peak_gib
         skipped_step trained_sequences dynamic_sampling/waste ratio_tail completions/duplicates
         rewards/correlation/digit_sum/length rewards/correlation/reward/length"""

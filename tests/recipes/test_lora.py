@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastrl.recipes import grpo, sft
-from fastrl.train import fit, from_config
+from fastrl.train import ahead, fit, from_config
 from fastrl.train.interrupt import EXIT_INTERRUPTED
 from fastrl.train.lora import adapter_off
 from fastrl.train.model import load_model
@@ -111,7 +111,7 @@ def test_grpo_with_an_adapter_resumes_bit_for_bit(base: Base, tmp_path: Path, mo
     assert grpo.run(grpo_config(base, tmp_path / "whole", **changes)) == 0
     config = grpo_config(base, tmp_path / "stopped", **changes)
     with monkeypatch.context() as stopping:
-        after_call(stopping, grpo, "collect_round", number=2, do=send_sigterm)
+        after_call(stopping, ahead, "collect_round", number=2, do=send_sigterm)
         assert grpo.run(config) == EXIT_INTERRUPTED
     assert grpo.run(resumed(config)) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "stopped", checkpoint=4)

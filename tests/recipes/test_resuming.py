@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fastrl.recipes import grpo, sft
-from fastrl.train import fit
+from fastrl.train import ahead, fit
 from fastrl.train.config import DynamicSamplingBlock, RewardsBlock
 from fastrl.train.interrupt import EXIT_INTERRUPTED
 from fastrl.train.run_directory import RunDirectoryError
@@ -59,7 +59,7 @@ def test_grpo_stopped_by_a_signal_while_sampling_resumes_bit_for_bit(
     assert grpo.run(grpo_config(base, tmp_path / "whole", **changes)) == 0
     config = grpo_config(base, tmp_path / "stopped", **changes)
     with monkeypatch.context() as stopping:
-        after_call(stopping, grpo, "collect_round", number=2, do=send_sigterm)
+        after_call(stopping, ahead, "collect_round", number=2, do=send_sigterm)
         assert grpo.run(config) == EXIT_INTERRUPTED
     taken = metrics_of(tmp_path / "stopped")[-1]["step"] if variant != "sparse_log" else 1
     assert (tmp_path / "stopped" / f"checkpoint-{taken}").is_dir()
@@ -106,7 +106,7 @@ def test_grpo_interrupted_before_its_first_step_is_saved_and_starts_again_alike(
     assert grpo.run(grpo_config(base, tmp_path / "whole")) == 0
     config = grpo_config(base, tmp_path / "stopped")
     with monkeypatch.context() as stopping:
-        after_call(stopping, grpo, "collect_round", number=1, do=send_sigterm)
+        after_call(stopping, ahead, "collect_round", number=1, do=send_sigterm)
         assert grpo.run(config) == EXIT_INTERRUPTED
     assert (tmp_path / "stopped" / "checkpoint-0").is_dir()
     assert grpo.run(resumed(config)) == 0

@@ -14,12 +14,13 @@ class SamplerCorrectionBlock:
 
     Attributes:
         mode: "none"; "truncate" (TIS: min(ratio, high)); "mask" (icepop: 0 outside [low, high]);
-            "sequence_mask" (0 for the whole sequence when its ratio exceeds high).
+            "sequence_mask" (0 for the whole sequence when its ratio exceeds high). None is the preset's own, and
+            where that has none, "truncate" with rollout.max_staleness above 0 and "none" without.
         low: smallest ratio kept by "mask".
         high: cap or largest ratio kept.
     """
 
-    mode: Literal["none", "truncate", "mask", "sequence_mask"] = "none"
+    mode: Literal["none", "truncate", "mask", "sequence_mask"] | None = None
     low: float = 0.5
     high: float = 3.0
 
