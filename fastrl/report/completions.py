@@ -122,7 +122,7 @@ def read_completions(path: Path | str) -> list[tuple[int, CompletionSample]]:
 
 
 def shown_text(text_or_messages: object) -> str:
-    """Text as written; a message list as one paragraph per message, headed by its role."""
+    """Text as written; a message list as one paragraph per message, headed by its role, with its tool calls."""
     if isinstance(text_or_messages, str):
         return visible(text_or_messages)
     if not isinstance(text_or_messages, list | tuple):
@@ -131,7 +131,19 @@ def shown_text(text_or_messages: object) -> str:
     for message in text_or_messages:
         is_message = isinstance(message, Mapping) and "role" in message
         parts.append(f"[{message['role']}] {message.get('content') or ''}" if is_message else str(message))
+        parts += [f"-> {_shown_call(call)}" for call in (message.get("tool_calls") or () if is_message else ())]
     return visible("\n".join(parts))
+
+
+def _shown_call(call: object) -> str:
+    """A tool call as a reader would write it: name(argument=value)."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        return str(call)
+    arguments = function.get("arguments")
+    if not isinstance(arguments, Mapping):
+        return f"{function.get('name')}({arguments})"
+    return f"{function.get('name')}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
 
 
 def visible(text: str) -> str:

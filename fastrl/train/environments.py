@@ -79,6 +79,8 @@ def player_of(config: OnPolicyConfig, tokenizer: PreTrainedTokenizerBase) -> Pla
     model = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     context = getattr(model.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     spec = environment_spec(block)
+    if block.turn_advantage_weight > 0 and not callable(getattr(spec.owner, "get_turn_reward", None)):
+        raise ValueError("environment.turn_advantage_weight needs a method get_turn_reward of the environment")
     schemas = schemas_of(spec.functions())
     return Player(
         environments=environments_of(block),
@@ -115,16 +117,12 @@ def tool_schemas(block: EnvironmentBlock) -> list[dict[str, Any]] | None:
 
 
 def rewards_of(config: OnPolicyConfig) -> list[Reward]:
-    """The reward functions of a run, and after them the environment's own reward under its class's name.
-
-    Raises:
-        ValueError: there is neither.
-    """
+    """The reward functions of a run, and after them the environment's own reward under its class's name; may be []."""
     block = config.environment
+    named = resolve_rewards(config.reward_funcs, config.reward_weights) if config.reward_funcs else []
     owner = environment_spec(block).owner if block.factory is not None else None
     if owner is None or not callable(getattr(owner, "get_reward", None)):
-        return resolve_rewards(config.reward_funcs, config.reward_weights)
-    named = resolve_rewards(config.reward_funcs, config.reward_weights) if config.reward_funcs else []
+        return named
     return [*named, Reward(environment_reward, block.reward_weight, owner.__name__)]
 
 

@@ -6,20 +6,23 @@ import torch
 from torch import Tensor
 
 from fastrl.train.collect import Experience
+from fastrl.train.episode_credit import episode_metrics
+from fastrl.train.sequences import trained_length
 
 
 def experience_metrics(experience: Experience, *, updates: int) -> dict[str, float]:
     """Describe rewards, lengths and groups of a round.
 
     `reward_std` is the sample deviation over the round, and `frac_reward_zero_std` the share of completions in groups
-    whose rewards are all equal, as TRL logs them. Completions without a verdict count in neither.
+    whose rewards are all equal, as TRL logs them. Completions without a verdict count in neither. Lengths count what
+    the policy sampled, without what tools said.
     `completions/duplicates` is the share of completions, each group's first left out, that repeat an earlier one of
     their group token for token: 1 when each group says one thing only; absent where groups have one completion.
 
     Args:
         updates: optimizer steps that the round is learned in; each is charged an equal share of the round's seconds.
     """
-    metrics = dict(experience.scores.metrics)
+    metrics = dict(experience.scores.metrics) | episode_metrics(experience.episodes)
     judged = experience.reward.isfinite()
     if len(judged):
         metrics["sampling/error_rate"] = _mean((~judged).double())
@@ -30,7 +33,7 @@ def experience_metrics(experience: Experience, *, updates: int) -> dict[str, flo
             "reward_std": float(reward.std()) if len(reward) > 1 else 0.0,
             "frac_reward_zero_std": _mean(_in_equal_group(reward, experience.group[judged]).double()),
         }
-    lengths = torch.tensor([len(rollout.completion_ids) for rollout in experience.rollouts], dtype=torch.float64)
+    lengths = torch.tensor([trained_length(rollout) for rollout in experience.rollouts], dtype=torch.float64)
     is_stopped = torch.tensor([rollout.finish_reason == "stop" for rollout in experience.rollouts], dtype=torch.bool)
     if len(lengths):
         metrics |= _lengths("completions", "", lengths)

@@ -71,6 +71,8 @@ def set_up(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase, resources: Ex
     check_backend(config.kernels.backend, pick_device(config.device))
     algorithm = algorithm_from(config)
     rewards = rewards_of(config)
+    if not rewards:
+        raise ValueError("there is no reward: set reward_funcs, or give the environment's class a method get_reward")
     load = partial(prompts_of, config, tokenizer, rewards, output_dir=config.output_dir)
     prompts = load(config.train_dataset)
     held_out = load(config.eval_dataset) if config.eval_dataset else []

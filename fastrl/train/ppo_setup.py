@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 from fastrl.algorithms.policy_gradient import PolicyGradient
 from fastrl.algorithms.presets import ppo
 from fastrl.rewards.protocol import Reward
-from fastrl.rewards.resolve import resolve_rewards
 from fastrl.rollout.builtin import context_length
 from fastrl.train.algorithm import ESTIMATORS
 from fastrl.train.collect import Sampler
 from fastrl.train.config import DataBlock, PPOConfig, SFTConfig
 from fastrl.train.device import check_backend, pick_device
 from fastrl.train.engine import opened_engine
+from fastrl.train.environments import rewards_of
 from fastrl.train.model_reward import ModelReward
 from fastrl.train.order import row_at
 from fastrl.train.policy_setup import check_lengths, prompts_of, sampler_of
@@ -83,7 +83,7 @@ def set_up(
         ValueError: bad rows, sequences that will not fit, or models that do not fit together.
     """
     check_backend(config.kernels.backend, pick_device(config.device))
-    rewards = resolve_rewards(config.reward_funcs, config.reward_weights) if config.reward_funcs else []
+    rewards = rewards_of(config)
     load = partial(prompts_of, config, tokenizer, rewards, output_dir=output_dir)
     prompts = load(config.train_dataset)
     held_out = load(config.eval_dataset) if config.eval_dataset else []

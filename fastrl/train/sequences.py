@@ -17,7 +17,11 @@ def trained_length(rollout: Rollout) -> int:
 
 
 def rollout_sequences(
-    rollouts: Sequence[Rollout], *, weight: Sequence[float], advantage: Sequence[float]
+    rollouts: Sequence[Rollout],
+    *,
+    weight: Sequence[float],
+    advantage: Sequence[float],
+    credit: Sequence[Sequence[float]] | None = None,
 ) -> list[TokenSequence]:
     """Lay rollouts out for training; every column is aligned with the ids, unshifted.
 
@@ -27,6 +31,7 @@ def rollout_sequences(
     Args:
         weight: [S] of each trained token in the optimizer step's loss; tokens the policy did not choose get 0.
         advantage: [S] of the completions, in units of reward; 0 on the prompt.
+        credit: [S][completion tokens] added to it; None is nothing.
     """
     prompt = np.array([len(rollout.prompt_ids) for rollout in rollouts], dtype=np.int64)
     length = prompt + np.array([len(rollout.completion_ids) for rollout in rollouts], dtype=np.int64)
@@ -39,6 +44,8 @@ def rollout_sequences(
     ids = np.fromiter(chain.from_iterable((*x.prompt_ids, *x.completion_ids) for x in rollouts), np.int64, count=total)
     weights = np.repeat(np.asarray(weight, np.float32), length) * is_completion
     advantages = np.repeat(np.asarray(advantage, np.float32), length) * is_completion
+    if credit is not None:
+        advantages[is_completion] += np.fromiter(chain.from_iterable(credit), np.float32)
     sampled = np.zeros(total, np.float32)
     sampled[is_completion] = np.fromiter(chain.from_iterable(rollout.logprob for rollout in rollouts), np.float32)
     sequences = []

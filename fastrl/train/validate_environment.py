@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from difflib import get_close_matches
 
-from fastrl.train.config import EnvironmentBlock, OnPolicyConfig
+from fastrl.train.config import EnvironmentBlock, GRPOConfig, OnlineDPOConfig, OnPolicyConfig
 from fastrl.train.validate_rewards import imported_problem
 
 BUILT_IN_TOOLS = ("calculator", "python", "search")
@@ -23,8 +23,24 @@ def environment_problems(config: OnPolicyConfig) -> Iterator[str]:
         for key in vars(default):
             if getattr(block, key) != getattr(default, key):
                 yield f"environment.{key}: has no effect without tools; set environment.factory or environment.tools"
-    elif block.factory is None and block.reward_weight != default.reward_weight:
+        return
+    if isinstance(config, OnlineDPOConfig):
+        yield "environment: online_dpo compares single answers; use grpo or ppo for agents"
+    yield from _turns(config)
+    if block.factory is None and block.reward_weight != default.reward_weight:
         yield "environment.reward_weight: weighs the reward of environment.factory; set that too"
+
+
+def _turns(config: OnPolicyConfig) -> Iterator[str]:
+    block = config.environment
+    key = "environment.turn_advantage_weight"
+    if block.turn_advantage_weight == 0:
+        if block.turn_gamma != EnvironmentBlock().turn_gamma:
+            yield f"environment.turn_gamma: has no effect while {key.partition('.')[2]} is 0; set that too"
+    elif not isinstance(config, GRPOConfig):
+        yield f"{key}: turns are credited by the recipe grpo alone; set 0"
+    elif config.parity is not None or config.algorithm == "reinforce_pp" or config.kl_placement == "reward":
+        yield f"{key}: has no place where advantages are made per token (whitening, a KL in the reward); set 0"
 
 
 def _named(key: str, spec: str) -> Iterator[str]:

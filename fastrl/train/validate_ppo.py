@@ -26,7 +26,7 @@ def ppo_problems(config: PPOConfig) -> Problems:
 
 
 def _judges(config: PPOConfig) -> Problems:
-    if not config.reward_funcs and config.reward_model_path is None:
+    if not config.reward_funcs and config.reward_model_path is None and config.environment.factory is None:
         yield "reward_model_path: nothing judges the completions; set it, or reward_funcs, or both"
     for spec in config.reward_funcs:
         yield from reward_problem(spec)

@@ -55,8 +55,10 @@ def calculator(expression: str) -> str:
 def _value(node: ast.expr, depth: int) -> Number:
     if depth > _DEEPEST:
         raise ValueError(f"an expression is at most {_DEEPEST} deep")
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return _bounded(Fraction(str(node.value)) if math.isfinite(node.value) else _refused("a number too large"))
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
+        if not math.isfinite(node.value):
+            raise OverflowError
+        return _bounded(Fraction(str(node.value)))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
         value = _value(node.operand, depth + 1)
         return -value if isinstance(node.op, ast.USub) else value
@@ -77,8 +79,9 @@ def _power(base: Number, exponent: Number) -> Number:
         if abs(exponent) * bits > LARGEST_BITS:  # before the work is done
             raise OverflowError
         return base**exponent.numerator
-    result = float(base) ** float(exponent)
-    return result if isinstance(result, float) else _refused("a root of a negative number")
+    if base < 0:
+        return _refused("a root of a negative number")
+    return float(math.pow(base, exponent))
 
 
 def _bounded(value: Number) -> Number:

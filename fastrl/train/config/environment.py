@@ -21,6 +21,9 @@ class EnvironmentBlock:
         workers: processes in which tools run at the same time; None is one per core, 0 runs environments in the
             trainer's own process, where nothing stops one that hangs.
         reward_weight: of the environment's own get_reward() in the sum of rewards.
+        turn_advantage_weight: factor of each turn's own advantage, of what get_turn_reward() said, beside that of the
+            episode; 0 gives every turn the episode's.
+        turn_gamma: discount per turn of what later turns earned.
     """
 
     factory: str | None = None
@@ -30,3 +33,5 @@ class EnvironmentBlock:
     tool_timeout_seconds: float = 10.0
     workers: int | None = None
     reward_weight: float = 1.0
+    turn_advantage_weight: float = 0.0
+    turn_gamma: float = 1.0
