@@ -216,9 +216,9 @@ def collect_round(
         is_kept = groups_with_signal(experience.reward, experience.group)
         with_signal = len(experience.group[is_kept].unique())
         rounds = after_round(rounds, drawn=len(ordinals), with_signal=with_signal)
-        found.append(_selected(experience, is_kept))
+        found.append(selected(experience, is_kept))
         if missing(rounds) == 0:
-            return _joined(found), ordinal
+            return joined(found), ordinal
 
 
 def reward_columns(experience: Experience) -> Tensor:
@@ -295,7 +295,7 @@ def _with_punishment(sampler: Sampler, rollouts: Sequence[Rollout], scores: Scor
     return replace(scores, total=tuple(total))
 
 
-def _selected(experience: Experience, is_kept: Tensor) -> Experience:
+def selected(experience: Experience, is_kept: Tensor) -> Experience:
     kept, scores = is_kept.tolist(), experience.scores
     return replace(
         experience,
@@ -315,7 +315,7 @@ def _selected(experience: Experience, is_kept: Tensor) -> Experience:
     )
 
 
-def _joined(parts: Sequence[Experience]) -> Experience:
+def joined(parts: Sequence[Experience]) -> Experience:
     """One experience of several rounds of one step."""
     return Experience(
         prompts=[prompt for part in parts for prompt in part.prompts],
