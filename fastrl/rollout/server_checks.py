@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import warnings
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from fastrl.rollout.server_guard import is_loopback
 from fastrl.rollout.server_http import Client, ServerError, ServerLostError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def check_server(client: Client, needs: Needs) -> str:
 
 def warn_if_open(client: Client) -> None:
     """Warn when the routes that change weights answer without a key, or when the key travels in the clear."""
-    is_local = _is_loopback(client.url)
+    is_local = is_loopback(urlsplit(client.url).hostname or "")
     if client.status("/is_paused", with_key=False, seconds=SECONDS) != 401:
         place = "every user of this machine" if is_local else "everyone who reaches it"
         warnings.warn(
@@ -80,8 +80,8 @@ def warn_if_open(client: Client) -> None:
         )
     if not is_local and client.url.startswith("http://"):
         warnings.warn(
-            f"{client.url} is not on this machine: key, prompts and completions travel unencrypted; use a tunnel, https "
-            "or a network of your own",
+            f"{client.url} is not on this machine: key, prompts and completions travel unencrypted; use a tunnel, "
+            "https or a network of your own",
             stacklevel=2,
         )
 
@@ -159,11 +159,3 @@ def _check_logprobs(client: Client, model: str) -> None:
             f"{client.url} gives log-probabilities before temperature and filters; start it with "
             "--logprobs-mode processed_logprobs"
         )
-
-
-def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -57,6 +58,14 @@ class BearerOnEveryRoute:
         given = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
         # Two headers could be read differently by two readers.
         return len(given) == 1 and hmac.compare_digest(_digest(given[0]), self._expected)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address is this machine's own and nobody else's."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _digest(text: bytes) -> bytes:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,15 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import fastrl
-from fastrl.rollout.server_guard import API_KEY_VARIABLE
+from fastrl.rollout.server_guard import API_KEY_VARIABLE, is_loopback
 from fastrl.rollout.server_http import Client, ServerError, ServerLostError
+from fastrl.rollout.server_main import WITH_TRAINER
 
 LOOPBACK = "127.0.0.1"
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_DIE = 10.0
 TAIL_BYTES = 6000
+LOCAL = {"VLLM_HOST_IP": LOOPBACK, "GLOO_SOCKET_IFNAME": "lo"}  # where its own processes meet
 MODULE = "fastrl.rollout.server_main"
-WORKER = "fastrl.rollout.server_worker.Worker"
 # What vLLM's log says, what it means for the user.
 CAUSES = {
     "Address already in use": "the port is in use; choose another rollout.server.port, or null for a free one",
@@ -54,6 +56,7 @@ class Launch:
     Attributes:
         model: directory of the weights, the tokenizer and the configuration.
         log: file that everything it prints is appended to.
+        bind: address to listen on.
         port: None takes a free one.
         python: interpreter that has vLLM; it may have another torch than the trainer.
         arguments: of `vllm serve`, after ours.
@@ -63,6 +66,7 @@ class Launch:
 
     model: str
     log: Path
+    bind: str = LOOPBACK
     port: int | None = None
     python: str = sys.executable
     arguments: tuple[str, ...] = ()
@@ -73,7 +77,8 @@ class Launch:
 class ServerProcess:
     """Owner of one server process and all its children; `start` may be called again after `stop`.
 
-    It listens on the loopback interface alone. Its key is random, and handed over in its environment.
+    Its key is random, and handed over in its environment. It listens on the loopback interface alone, unless told
+    otherwise, which is warned of.
     """
 
     def __init__(self, launch: Launch) -> None:
@@ -95,21 +100,28 @@ class ServerProcess:
             StartError: it ended, or did not answer in time.
         """
         self.stop()
+        if not is_loopback(self.launch.bind):
+            warnings.warn(
+                f"the vLLM server listens on {self.launch.bind}: its routes ask for a key, but without TLS the network "
+                "can read it; keep the port inside a private network",
+                stacklevel=2,
+            )
         port = self.launch.port or _free_port()
         self.launch.log.parent.mkdir(parents=True, exist_ok=True)
         with self.launch.log.open("ab") as log:
             written = log.tell()
-            ours = ["--host", LOOPBACK, "--port", str(port), "--worker-extension-cls", WORKER]
+            ours = ["--host", self.launch.bind, "--port", str(port)]
             self._process = subprocess.Popen(
-                [self.launch.python, "-m", MODULE, self.launch.model, *ours, *self.launch.arguments],
+                [self.launch.python, "-m", MODULE, WITH_TRAINER, self.launch.model, *ours, *self.launch.arguments],
                 stdin=subprocess.PIPE,  # closes when this process ends, however it does: the server then ends too
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment(),
                 start_new_session=True,  # Ctrl-C is the trainer's; and one signal ends the whole group
             )
+        host = LOOPBACK if self.launch.bind in ("0.0.0.0", "::") else self.launch.bind
         self._end = weakref.finalize(self, _kill, self._process)
-        client = Client(f"http://{LOOPBACK}:{port}", api_key=self._key, retries=retries)
+        client = Client(f"http://{host}:{port}", api_key=self._key, retries=retries)
         self._wait(client, self._process, written)
         return client
 
@@ -157,10 +169,8 @@ class ServerProcess:
         return {
             **inherited,
             "PYTHONPATH": self._imports.name,
-            "VLLM_HOST_IP": LOOPBACK,  # where its own processes meet
-            "GLOO_SOCKET_IFNAME": "lo",
-            "VLLM_SERVER_DEV_MODE": "1",  # the routes that update weights; the guard covers them
-            "VLLM_NO_USAGE_STATS": "1",
+            **(LOCAL if is_loopback(self.launch.bind) else {}),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # on a CPU the trainer needs cores too
             **self.launch.environment,
             API_KEY_VARIABLE: self._key,
         }

@@ -13,6 +13,7 @@ from fastrl.rollout.vllm_engine import VLLMEngine
 from fastrl.rollout.vllm_start import Settings
 from fastrl.train.config import GKDConfig, InferenceConfig, OnPolicyConfig, TrainConfig
 from fastrl.train.lora_files import save_adapter
+from fastrl.train.servers import server_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +30,10 @@ def opened_engine(
     """
     if config.rollout.engine == "vllm":
         with closing(vllm_engine(config, policy, tokenizer)) as engine:
+            yield engine
+        return
+    if config.rollout.engine == "vllm_server":
+        with closing(server_engine(config, policy, tokenizer)) as engine:
             yield engine
         return
     if config.rollout.max_staleness > 0:

@@ -36,6 +36,7 @@ NOT_SEMANTIC = (
     "kernels",
     "rewards",
     "rollout.batch_size",
+    "rollout.server",
     "rollout.vllm.gpu_memory_utilization",
     "rollout.vllm.kv_cache_gib",
     "rollout.vllm.enforce_eager",

@@ -59,6 +59,7 @@ from fastrl.train.validate_rewards import reward_problem
 from fastrl.train.validate_rlaif import rlaif_problems
 from fastrl.train.validate_signals import aggregation_problems, composition_problems, signal_problems
 from fastrl.train.validate_vllm import vllm_problems
+from fastrl.train.validate_vllm_server import server_problems
 
 Problems = Iterator[str]
 
@@ -310,6 +311,9 @@ RULES: tuple[tuple[type, Callable[[Any], Problems]], ...] = (
     (OnPolicyConfig, vllm_problems),
     (InferenceConfig, vllm_problems),
     (GKDConfig, vllm_problems),
+    (OnPolicyConfig, server_problems),
+    (InferenceConfig, server_problems),
+    (GKDConfig, server_problems),
     (OnPolicyConfig, ahead_problems),
     (OnPolicyConfig, composition_problems),
     (OnPolicyConfig, environment_problems),

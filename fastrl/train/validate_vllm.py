@@ -25,6 +25,11 @@ def vllm_problems(config: OnPolicyConfig | InferenceConfig | GKDConfig) -> Itera
         return
     if (problem := version_problem()) is not None:
         yield f"rollout.engine: {problem}"
+    yield from distribution_problems(config)
+
+
+def distribution_problems(config: OnPolicyConfig | InferenceConfig | GKDConfig) -> Iterator[str]:
+    """What any vLLM cannot do, or would do from another distribution."""
     if 0 < config.temperature < LEAST_TEMPERATURE:
         yield f"temperature: vLLM takes 0 or at least {LEAST_TEMPERATURE}, got {config.temperature}; set 0 for greedy"
     if isinstance(config, (OnPolicyConfig, GenerateConfig)) and config.top_p < 1 and config.min_p > 0:

@@ -29,6 +29,7 @@ from fastrl.train.config.sft import SFTConfig
 from fastrl.train.config.signals import SignalsBlock
 from fastrl.train.config.training import TrainConfig
 from fastrl.train.config.vllm import VLLMBlock
+from fastrl.train.config.vllm_server import ServerBlock
 
 __all__ = [
     "CPOConfig",
@@ -64,6 +65,7 @@ __all__ = [
     "RolloutBlock",
     "SFTConfig",
     "SamplerCorrectionBlock",
+    "ServerBlock",
     "SignalsBlock",
     "TeacherConfig",
     "TrainConfig",

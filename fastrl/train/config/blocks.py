@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fastrl.train.config.vllm import VLLMBlock
+from fastrl.train.config.vllm_server import ServerBlock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +50,12 @@ class RolloutBlock:
     """How completions are sampled.
 
     Attributes:
-        engine: "builtin" needs nothing else; "vllm" is much faster on a GPU, and runs beside the trainer.
+        engine: "builtin" needs nothing else; "vllm" is much faster on a GPU, and runs beside the trainer;
+            "vllm_server" is the same in processes of its own, on this machine or others.
         batch_size: most prompts decoded together.
         max_prompt_length: prompts with more tokens are refused; None allows what the model's context holds.
         vllm: how vLLM runs beside the trainer.
+        server: how vLLM servers are started or reached.
         max_staleness: most versions of the weights between those that sample a round and those that learn from it
             first: 0 samples and learns in turns, k samples up to k rounds ahead (docs/asynchronous.md).
         segment_tokens: with max_staleness, sample completions this many tokens at a time and take in the newest weights
@@ -61,10 +64,11 @@ class RolloutBlock:
             process is started again and the call's completions are lost.
     """
 
-    engine: Literal["builtin", "vllm"] = "builtin"
+    engine: Literal["builtin", "vllm", "vllm_server"] = "builtin"
     batch_size: int = 256
     max_prompt_length: int | None = None
     vllm: VLLMBlock = VLLMBlock()
+    server: ServerBlock = ServerBlock()
     max_staleness: int = 0
     segment_tokens: int | None = None
     timeout_seconds: float = 1800.0

@@ -1,0 +1,116 @@
+"""The engine of `rollout.engine: vllm_server`, from a run's configuration."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastrl.rollout.builtin import context_length
+from fastrl.rollout.server_engine import Limits, ServerEngine
+from fastrl.rollout.server_http import Client
+from fastrl.rollout.server_member import Server
+from fastrl.rollout.server_nccl import Nccl
+from fastrl.rollout.server_process import Launch, ServerProcess
+from fastrl.rollout.server_weights import Adapters, Files, Transport
+from fastrl.train.config import GKDConfig, InferenceConfig, OnPolicyConfig, ServerBlock, TrainConfig
+from fastrl.train.lora_files import save_adapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LOG = "vllm-server-{}.log"
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for; an adapter takes the next larger
+
+
+def server_engine(
+    config: OnPolicyConfig | InferenceConfig | GKDConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> ServerEngine:
+    """vLLM servers with the weights that the policy starts from.
+
+    Raises:
+        ServerError: a server does not come up, or does not fit; the message says what to change.
+    """
+    block = config.rollout.server
+    return ServerEngine(
+        policy,
+        tokenizer,
+        servers=_servers(config, policy),
+        transport=_transport(config, policy),
+        context=block.max_model_len,
+        with_adapters=_has_adapter(config),
+        limits=Limits(
+            request_seconds=block.request_seconds,
+            concurrency=block.concurrency,
+            lost_calls=block.lost_steps,
+            probe_tolerance=_tolerance(block, policy),
+        ),
+    )
+
+
+def launch_of(config: OnPolicyConfig | InferenceConfig | GKDConfig, policy: PreTrainedModel, number: int) -> Launch:
+    """How to start server `number` of a run on this machine."""
+    block = config.rollout.server
+    length = min(context_length(policy), block.max_model_len or sys.maxsize)
+    arguments = ["--dtype", str(policy.dtype).removeprefix("torch."), "--seed", "0"]
+    arguments += ["--max-num-seqs", str(block.concurrency)]
+    arguments += ["--gpu-memory-utilization", str(block.gpu_memory_utilization)]
+    if length < 2**31:  # a model without a limit: vLLM reads its configuration
+        arguments += ["--max-model-len", str(length)]
+    if config.trust_remote_code:
+        arguments += ["--trust-remote-code"]
+    if _kind(block, policy) == "nccl":
+        arguments += ["--weight-transfer-config", '{"backend": "nccl"}']
+    if isinstance(config, TrainConfig) and config.use_peft:
+        rank = next(each for each in LORA_RANKS if each >= config.lora_r)
+        arguments += ["--enable-lora", "--max-lora-rank", str(rank)]
+    devices = {"CUDA_VISIBLE_DEVICES": block.devices[number]} if block.devices else {}
+    return Launch(
+        model=config.model_name_or_path,
+        log=Path(config.output_dir or ".") / LOG.format(number),
+        bind=block.bind,
+        port=None if block.port is None else block.port + number,
+        python=block.python or sys.executable,
+        arguments=(*arguments, *block.arguments),
+        environment=devices,
+        seconds=block.start_seconds,
+    )
+
+
+def _servers(config: OnPolicyConfig | InferenceConfig | GKDConfig, policy: PreTrainedModel) -> list[Server]:
+    block = config.rollout.server
+    key = os.environ.get(block.api_key_env, "")
+    sources: list[Client | ServerProcess] = [Client(url, api_key=key, retries=block.retries) for url in block.urls]
+    sources = sources or [ServerProcess(launch_of(config, policy, number)) for number in range(block.count)]
+    return [
+        Server(source, retries=block.retries, seconds=block.update_seconds, patience_seconds=block.patience_seconds)
+        for source in sources
+    ]
+
+
+def _transport(config: OnPolicyConfig | InferenceConfig | GKDConfig, policy: PreTrainedModel) -> Transport:
+    block = config.rollout.server
+    if _has_adapter(config):
+        return Adapters(save_adapter, block.directory)
+    if _kind(block, policy) == "nccl":
+        return Nccl(block.address)
+    return Files(block.directory)
+
+
+def _kind(block: ServerBlock, policy: PreTrainedModel) -> str:
+    if block.transfer != "auto":
+        return block.transfer
+    return "nccl" if policy.device.type == "cuda" else "files"
+
+
+def _has_adapter(config: OnPolicyConfig | InferenceConfig | GKDConfig) -> bool:
+    return isinstance(config, TrainConfig) and config.use_peft
+
+
+def _tolerance(block: ServerBlock, policy: PreTrainedModel) -> float:
+    if block.probe_tolerance is not None:
+        return block.probe_tolerance
+    return 1e-3 if policy.dtype == torch.float32 else 0.2
