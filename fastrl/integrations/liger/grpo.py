@@ -43,6 +43,11 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         vespo_lambda_neg: float = 2.0,
     ) -> None:
         super().__init__()
+        for name, temperature in (("pos", sapo_temperature_pos), ("neg", sapo_temperature_neg)):
+            if temperature <= 0:
+                raise ValueError(f"sapo_temperature_{name} must be positive, got {temperature}")
+        if delta is not None and delta <= 0:
+            raise ValueError(f"delta must be positive, got {delta}")
         self.beta, self.compiled, self.use_ref_model, self.chunk_size = beta, compiled, use_ref_model, chunk_size
         self.epsilon_low, self.epsilon_high, self.loss_type = epsilon_low, epsilon_high, loss_type
         self.max_completion_length, self.importance_sampling_level = max_completion_length, importance_sampling_level
@@ -50,7 +55,6 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         self.temperature, self.delta, self.use_bias_correction_kl = temperature, delta, use_bias_correction_kl
         self.vespo_k_pos, self.vespo_lambda_pos = vespo_k_pos, vespo_lambda_pos
         self.vespo_k_neg, self.vespo_lambda_neg = vespo_k_neg, vespo_lambda_neg
-        self._objective()
 
     def forward(
         self,
@@ -71,7 +75,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         """As in the class."""
         objective, mask = self._objective(), attention_mask.float()
         head = operands(_input, lin_weight, bias)
-        ref = self._reference(selected_token_ids, mask, ref_per_token_logps, ref_input, ref_weight, ref_bias)
+        weight = policy.token_weight(objective, mask, num_items_in_batch)
+        ref = self._reference(selected_token_ids, weight != 0, ref_per_token_logps, ref_input, ref_weight, ref_bias)
         correction = policy.by_token(vllm_is_ratio, mask)
         old = None if old_per_token_logps is None else old_per_token_logps.detach().float()
         constants = Constants(advantages.float()[:, None].expand_as(mask), old, ref, correction, None)
@@ -81,7 +86,6 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             constants = policy.with_gamma(objective, first, constants, mask)
         if correction is not None:
             constants = constants._replace(correction=correction.expand_as(mask))
-        weight = policy.token_weight(objective, mask, num_items_in_batch)
         run = _whole_sequences if objective.is_sequence_coupled() else _single_pass
         loss, logprob = run(objective, head, selected_token_ids, constants, weight, mask, self.temperature)
         return loss, _metrics(objective, logprob, constants, mask)
@@ -89,7 +93,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
     def _reference(
         self,
         target: Tensor,
-        mask: Tensor,
+        is_read: Tensor,
         logps: Tensor | None,
         hidden: Tensor | None,
         weight: Tensor | None,
@@ -103,7 +107,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         if hidden is None or weight is None:
             raise ValueError("use_ref_model needs ref_per_token_logps, or ref_input and ref_weight")
         with torch.no_grad():
-            return token_logprob(operands(hidden, weight, bias), target, mask != 0, temperature=self.temperature)
+            return token_logprob(operands(hidden, weight, bias), target, is_read, temperature=self.temperature)
 
     def _objective(self) -> Objective:
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:

@@ -58,7 +58,8 @@ class LigerFusedLinearKTOLoss(torch.nn.Module):
             if ref_input is None or ref_weight is None:
                 raise ValueError("use_ref_model needs ref_input and ref_weight; pass them or set use_ref_model=False")
             with torch.no_grad():
-                log_ratio = logprob - per_sequence(operands(ref_input, ref_weight, ref_bias), target)
+                reference = per_sequence(operands(ref_input, ref_weight, ref_bias), target)
+            log_ratio = logprob - reference
         baseline = log_ratio.new_zeros(()) if kl is None else kl.reshape(()).to(log_ratio.dtype)
         desirable = preference_labels.bool()
         loss = losses.kto(log_ratio, desirable, baseline, beta=self.beta).sum() / len(target)

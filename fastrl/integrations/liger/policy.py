@@ -61,9 +61,8 @@ class Objective:
             raise ValueError(
                 f"Sequence-level importance sampling is not supported for loss_type='{self.loss_type}': use 'token'"
             )
-        for name, temperature in zip(("pos", "neg"), self.sapo_temperature, strict=True):
-            if temperature <= 0:
-                raise ValueError(f"sapo_temperature_{name} must be positive, got {temperature}")
+        if self.loss_type == "sapo" and min(self.sapo_temperature) <= 0:
+            raise ValueError(f"sapo_temperature_pos and _neg must be positive, got {self.sapo_temperature}")
         if self.delta is not None and self.delta <= 0:
             raise ValueError(f"delta must be positive, got {self.delta}")
 
