@@ -46,6 +46,7 @@ from fastrl.train.run_directory import open_run_directory
 from fastrl.train.schedule import learning_rate_at, warmup_length
 from fastrl.train.snapshot import Progress, Stateful, restore, save
 from fastrl.train.staleness import RatioRange, is_fresh
+from fastrl.train.stream import Stream
 from fastrl.train.update import policy_batch_loss, update
 from fastrl.types import TokenBatch
 
@@ -65,7 +66,7 @@ def run(config: GRPOConfig) -> int:
         setup = set_up(config, tokenizer, resources)
         write_environment(directory.path, setup.policy.device)
         title = f"fastrl grpo ({config.parity or config.algorithm})"
-        rounds = resources.enter_context(Rounds(source_of(config, setup), depth=config.rollout.max_staleness))
+        rounds = resources.enter_context(rounds_of(config, setup))
         states: dict[str, Stateful] = {"optimizer": setup.optimizer}
         if config.rollout.max_staleness > 0:
             states["rounds"] = rounds
@@ -211,9 +212,9 @@ def evaluate(setup: Setup, journal: Journal, progress: Progress) -> None:
     journal.write_errors(progress.step, found.scores.errors)
 
 
-def source_of(config: GRPOConfig, setup: Setup) -> Source:
-    """What the rounds of a run are drawn from."""
-    return Source(
+def rounds_of(config: GRPOConfig, setup: Setup) -> Rounds | Stream:
+    """What rounds are taken from: sampled whole, or in segments with the newest weights."""
+    source = Source(
         config=config,
         policy=setup.policy,
         sampler=setup.sampler,
@@ -223,6 +224,10 @@ def source_of(config: GRPOConfig, setup: Setup) -> Source:
         updates=config.steps_per_generation * config.num_iterations,
         total_steps=setup.total_steps,
     )
+    block = config.rollout
+    if block.segment_tokens is None:
+        return Rounds(source, depth=block.max_staleness)
+    return Stream(source, depth=block.max_staleness, segment_tokens=block.segment_tokens)
 
 
 def draws_from_the_policy(config: GRPOConfig) -> bool:

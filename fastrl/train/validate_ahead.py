@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fastrl.train.config import GKDConfig, GRPOConfig, InferenceConfig, OnPolicyConfig, RolloutBlock
+from fastrl.train.ranks import launched_ranks
 
 
 def ahead_problems(config: OnPolicyConfig | GKDConfig | InferenceConfig) -> Iterator[str]:
@@ -22,11 +23,18 @@ def ahead_problems(config: OnPolicyConfig | GKDConfig | InferenceConfig) -> Iter
         return
     if config.rollout.engine == "vllm":
         yield (
-            "rollout.max_staleness: vLLM in the trainer's own process samples and learns in turns; set rollout.engine to "
-            "vllm_server, whose process is another, or max_staleness to 0"
+            "rollout.max_staleness: vLLM in the trainer's own process samples and learns in turns; set rollout.engine "
+            "to vllm_server, whose process is another, or max_staleness to 0"
         )
     if config.load_in_4bit and config.rollout.engine == "builtin":
         yield (
             "rollout.max_staleness: the built-in engine samples ahead in a process of its own, which cannot map 4-bit "
             "weights; set load_in_4bit to false, or max_staleness to 0"
         )
+    if launched_ranks().size > 1:
+        yield (
+            "rollout.max_staleness: one trainer process samples ahead, and a launcher started several; start one, or "
+            "set max_staleness to 0"
+        )
+    if block.segment_tokens is not None and (config.environment.factory or config.environment.tools):
+        yield "rollout.segment_tokens: episodes with tools are sampled turn by turn; remove it"

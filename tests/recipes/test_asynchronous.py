@@ -138,3 +138,30 @@ def test_what_fails_in_the_sampling_thread_ends_the_run_by_its_own_name(
     after_call(monkeypatch, ahead, "collect_round", number=2, do=cut_power)
     with pytest.raises(PowerCutError):
         run_grpo(base, tmp_path / "raised", rollout=staleness(1), **AHEAD)
+
+
+def test_in_segments_tokens_are_of_several_versions_and_their_logprobs_are_those_of_the_weights_that_chose_them(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    original = grpo.learn
+
+    def noted(*args: Any) -> Any:
+        seen.append((args[4].step, args[3]))
+        return original(*args)
+
+    monkeypatch.setattr(grpo, "learn", noted)
+    block = RolloutBlock(max_staleness=2, segment_tokens=2)
+    lines = run_grpo(base, tmp_path / "run", rollout=block, max_steps=12, rewards=RewardsBlock(workers=0))
+    ordinals = [ordinal for _, experience in seen for ordinal in dict.fromkeys(experience.group.tolist())]
+    assert len(ordinals) == len(set(ordinals)) == 24  # two groups a step, none lost, none trained twice
+    assert set(ordinals) <= set(range(27))  # at most three more begun
+    assert max(column(lines, "sampling/staleness/max")) <= 2
+    mixed = [r for _, experience in seen for r in experience.rollouts if r.token_version is not None]
+    assert mixed
+    for step, experience in seen:
+        for rollout in experience.rollouts:
+            versions = rollout.token_version or (rollout.policy_version,) * len(rollout.completion_ids)
+            assert list(versions) == sorted(versions)
+            assert versions[0] == rollout.policy_version >= step - 2
+            assert len(versions) == len(rollout.completion_ids) == len(rollout.logprob)
