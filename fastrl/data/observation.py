@@ -92,10 +92,15 @@ def check_keeps_history(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _dummy(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """A conversation that ends in a call; some templates repeat the called tool's name in the result's header."""
+    """A conversation that ends in a call, with a thought before it.
+
+    Some templates repeat the called tool's name in the result's header. Qwen 3's writes an empty thought into the last
+    turn alone, which no sampled turn relies on; a thought that is there stays.
+    """
     name = str(messages[0]["name"])
     call = {"type": "function", "function": {"name": name, "arguments": {}}}
-    return [{"role": "user", "content": "dummy"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    turn = {"role": "assistant", "content": "", "reasoning_content": "thought", "tool_calls": [call]}
+    return [{"role": "user", "content": "dummy"}, turn]
 
 
 def _before(tokenizer: PreTrainedTokenizerBase, history: Sequence[Message]) -> tuple[str, str]:
@@ -132,4 +137,5 @@ def _look_alikes(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
 
 
 def _defused(text: str, look_alikes: re.Pattern[str]) -> str:
-    return look_alikes.sub(lambda match: match[0] + _MARK, text.replace(_MARK, "\ufffd"))
+    encodable = text.encode("utf-8", "replace").decode()  # half a surrogate pair has no UTF-8
+    return look_alikes.sub(lambda match: match[0] + _MARK, encodable.replace(_MARK, "\ufffd"))

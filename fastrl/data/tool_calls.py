@@ -73,7 +73,7 @@ def turn_parser(tokenizer: PreTrainedTokenizerBase, schemas: Schemas) -> Parser:
 
 def _format_of(tokenizer: PreTrainedTokenizerBase) -> _Format:
     template = _template_text(tokenizer)
-    if "<tool_call>" in template:
+    if "<tool_call>" in template and "<arg_key>" not in template:  # GLM's are neither JSON nor these tags
         return _xml if "<function=" in template else _hermes
     if "[TOOL_CALLS]" in template:
         return _mistral

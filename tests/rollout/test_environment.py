@@ -1,0 +1,100 @@
+"""The convention: what is a tool, what reset gets, what an error is."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from fastrl.rollout.environment import Environment, methods_of, missing_columns
+
+
+class Counter:
+    """An environment with sync and async methods."""
+
+    def reset(self, start: int, **columns: Any) -> str:
+        self.count, self.columns, self._secret = start, columns, object()
+        self.lock = asyncio.Lock  # JSON does not hold it
+        return f"at {start}"
+
+    async def add(self, n: int) -> int:
+        """
+        Adds.
+
+        Args:
+            n: How much.
+        """
+        await asyncio.sleep(0)
+        self.count += n
+        return self.count
+
+    def fail(self) -> None:
+        raise ValueError("broken")
+
+    async def get_reward(self) -> float:
+        return self.count / 2
+
+    def get_turn_reward(self) -> int:
+        return self.count
+
+    def _hidden(self) -> None: ...
+
+
+def test_an_episode_from_reset_to_reward() -> None:
+    environment = Environment(Counter(), [])
+    assert environment.answer({"reset": {"start": 3, "other": "x"}}) == {"observation": "at 3"}
+    answer = environment.answer(
+        {"calls": [["add", {"n": 2}], ["fail", {}], ["add", {"m": 2}], ["reset", {"start": 0}]]}
+    )
+    texts = [text for text, _ in answer["results"]]
+    assert texts[:2] == ["5", "{'error': 'broken'}"]
+    assert "unexpected keyword argument" in texts[2]
+    assert texts[3] == "{'error': 'Tool reset not found.'}"
+    assert [is_error for _, is_error in answer["results"]] == [False, True, True, True]
+    assert answer["reward"] == 5
+    assert environment.answer({"finish": True}) == {"reward": 2.5, "state": {"count": 5, "columns": {"other": "x"}}}
+    environment.close()
+
+
+def test_tools_are_the_public_methods_by_name() -> None:
+    assert [tool.__name__ for tool in methods_of(Counter())] == ["add", "fail"]
+    assert methods_of(None) == []
+
+
+def test_reset_gets_the_columns_it_names() -> None:
+    class Named:
+        def reset(self, a: int, b: int = 2) -> None:
+            self.got = (a, b)
+
+    environment = Environment(named := Named(), [])
+    assert environment.answer({"reset": {"a": 1, "c": 9}}) == {"observation": None}
+    assert named.got == (1, 2)
+    assert missing_columns(Named.reset, ["c"]) == ["a"]
+    assert missing_columns(Counter.reset, ["start"]) == []
+
+
+def test_a_reward_that_fails_is_a_fault_and_no_number_is_refused() -> None:
+    class Bad:
+        reward: Any = float("nan")
+
+        def reset(self) -> None: ...
+
+        def get_reward(self) -> Any:
+            return self.reward
+
+    environment = Environment(bad := Bad(), [])
+    assert "not a finite number" in environment.answer({"finish": True})["reward"]["fault"]
+    bad.reward = "much"
+    assert "ValueError" in environment.answer({"finish": True})["reward"]["fault"]
+    bad.reward = None
+    assert environment.answer({"finish": True})["reward"] is None
+
+
+def test_what_reset_raises_and_returns_wrongly_goes_through() -> None:
+    class Wrong:
+        def reset(self) -> Any:
+            return 3
+
+    with pytest.raises(TypeError, match="reset must return None or text, got int"):
+        Environment(Wrong(), []).answer({"reset": {}})
