@@ -14,11 +14,16 @@ from typing import Any
 
 import torch
 
-from bench.measure import disagreements, timings
+from bench.measure import FLOOR, disagreements, timings
 from bench.registry import Row, Shape, all_rows
 
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PACKAGES = ("torch", "triton", "fastrl", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "verl")
+SECONDS = {True: 4.0, False: 60.0}  # for the contenders of a shape together: quick or not
+SEED = 0  # of every row's inputs
+COLUMNS = ("median", "p10", "p90", "cold", "peak MiB", "TFLOP/s", "x floor", "error")
+HEADER = " " * 28 + "".join(f"{name:>10}" for name in COLUMNS)
 
 
 def main() -> None:
@@ -34,7 +39,7 @@ def main() -> None:
         records = []
         for label, shape in shapes.items():
             print(f"\n{name}  {label} {shape}  {options.device} {dtype}".replace("torch.", ""))
-            print(f"{'':28}{'median':>10}{'p10':>10}{'p90':>10}{'peak MiB':>10}{'TFLOP/s':>9}{'error':>10}")
+            print(HEADER)
             for record in measured(row, shape, dtype=dtype, device=device, quick=options.quick):
                 print(_line(record), flush=True)
                 records.append({"row": name, "shape": {"name": label, "sizes": shape}, **record, **origin})
@@ -47,17 +52,24 @@ def measured(row: Row, shape: Shape, *, dtype: torch.dtype, device: str, quick: 
     baseline = next((x for x in errors.values() if isinstance(x, float)), 0.0)
     agreeing = [name for name, x in errors.items() if isinstance(x, float) and x <= baseline + row.slack]
     inputs = row.make_inputs(*shape, dtype=dtype, device=device)
-    timed = timings(row, agreeing, inputs, device=device, repeats=9 if quick else 50, seconds=10.0 if quick else 60.0)
+    timed = timings(row, agreeing, inputs, device=device, repeats=9 if quick else 50, seconds=SECONDS[quick])
     useful = None if row.flops is None else row.flops(*shape)
+    least = None if row.bytes is None else row.bytes(*shape, dtype.itemsize)
+    floor = timed.pop(FLOOR, None)
     for name, found in errors.items():
         record: dict[str, Any] = {"contender": name, "dtype": str(dtype).removeprefix("torch.")}
         if isinstance(found, str):
             yield {**record, "cannot_run": found}
         elif name not in timed:
-            yield {**record, "error": found, "disagrees": True}
+            yield {**record, "max_error": found, "disagrees": True}
         else:
-            rate = None if useful is None else useful / timed[name].median / 1e9
-            yield {**record, "error": found, "tflops": rate, **asdict(timed[name])}
+            ms = timed[name].ms
+            rates = {
+                "useful_tflops": None if useful is None else useful / ms / 1e9,
+                "useful_gb_per_s": None if least is None else least / ms / 1e6,
+                "floor_ratio": None if floor is None else ms / floor.ms,
+            }
+            yield {**record, "max_error": found, **rates, **asdict(timed[name])}
 
 
 def provenance(device: str, *, quick: bool) -> dict[str, Any]:
@@ -65,8 +77,10 @@ def provenance(device: str, *, quick: bool) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **{x: _version(x) for x in ("torch", "triton", "fastrl")}},
+        "versions": {"python": platform.python_version(), **{x: _version(x) for x in PACKAGES}},
         "cuda": torch.version.cuda,
+        **(_gpu_state() if device == "cuda" else {}),
+        "seed": SEED,
         "commit": _git("rev-parse", "HEAD"),
         "tree_has_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "quick": quick,
@@ -100,11 +114,29 @@ def _line(record: dict[str, Any]) -> str:
     if "cannot_run" in record:
         return f"{name}  cannot run: {record['cannot_run']}"
     if "disagrees" in record:
-        return f"{name}  disagrees, not timed: error {record['error']:.1e}"
-    peak = "-" if record["peak_mib"] is None else f"{record['peak_mib']:.1f}"
-    rate = "-" if record["tflops"] is None else f"{record['tflops']:.3g}"
-    times = "".join(f"{record[x]:8.2f}ms" for x in ("median", "p10", "p90"))
-    return f"{name}{times}{peak:>10}{rate:>9}{record['error']:>10.1e}"
+        return f"{name}  disagrees, not timed: error {record['max_error']:.1e}"
+    peak = "-" if record["peak_gib"] is None else f"{1024 * record['peak_gib']:.1f}"
+    rate = "-" if record["useful_tflops"] is None else f"{record['useful_tflops']:.3g}"
+    ratio = "-" if record["floor_ratio"] is None else f"{record['floor_ratio']:.2f}"
+    times = "".join(f"{record[x]:8.2f}ms" for x in ("ms", "ms_p10", "ms_p90", "cold_ms"))
+    return f"{name}{times}{peak:>10}{rate:>10}{ratio:>10}{record['max_error']:>10.1e}"
+
+
+def _gpu_state() -> dict[str, str | None]:
+    """Driver and clocks as nvidia-smi gives them; None where there is no nvidia-smi."""
+    fields = {"driver": "driver_version", "sm_clock": "clocks.sm", "memory_clock": "clocks.mem", "power": "power.limit"}
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=20,
+        )
+    except OSError:
+        return dict.fromkeys(fields)
+    values = [value.strip() for value in done.stdout.splitlines()[0].split(",")] if done.returncode == 0 else []
+    return dict(zip(fields, values, strict=True)) if values else dict.fromkeys(fields)
 
 
 def _version(package: str) -> str | None:

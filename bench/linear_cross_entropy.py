@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.linear_logprob import QUICK_SHAPES, SHAPES, three_products
-from bench.registry import Row, register
+from bench.peers import bare_products, cce, liger_cross_entropy
+from bench.registry import Compiled, Row, register
 from fastrl.ops.linear_cross_entropy import linear_cross_entropy
 from fastrl.testing import linear_logprob_inputs
 
@@ -35,11 +36,15 @@ register(
         spec=eager,
         contenders={
             "eager": eager,
-            "eager, compiled": torch.compile(eager, dynamic=False),
+            "eager, compiled": Compiled(eager),
             "torch's own": torch_own,
             "torch": partial(linear_cross_entropy, backend="torch"),
             "triton": partial(linear_cross_entropy, backend="triton"),
+            "Liger": liger_cross_entropy,
+            "CCE": cce(filter_eps="high"),
+            "CCE, no filter": cce(filter_eps=None),
         },
+        floor=bare_products,
         shapes=SHAPES,
         quick_shapes=QUICK_SHAPES,
         flops=three_products,

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.registry import Row, register
+from bench.registry import Compiled, Row, register
 from fastrl.ops.linear_divergence import linear_divergence, reference
 
 BETA = 0.5
@@ -41,7 +41,7 @@ register(
         spec=spec,
         contenders={
             "eager": spec,
-            "eager, compiled": torch.compile(spec, dynamic=False),
+            "eager, compiled": Compiled(spec),
             "torch": partial(ours, backend="torch"),
             "triton": partial(ours, backend="triton"),
         },

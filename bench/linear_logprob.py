@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
+from torch import Tensor
 
-from bench.registry import Row, register
+from bench.peers import bare_products, trl_logprob, verl_logprob
+from bench.registry import Compiled, Row, register
 from fastrl.ops.linear_logprob import linear_logprob, reference
 from fastrl.testing import linear_logprob_inputs
 
@@ -31,22 +32,39 @@ def three_products(n: int, d: int, v: int) -> float:
     return 6.0 * n * d * v
 
 
+def eager(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of N x V logits: what trainers ask for."""
+    stats = reference(hidden, weight, target)
+    return stats.logprob, stats.entropy
+
+
+def waist(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, backend: str, cache_gib: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same from `linear_logprob`."""
+    stats = linear_logprob(hidden, weight, target, backend=backend, cache_gib=cache_gib)
+    return stats.logprob, stats.entropy
+
+
 register(
     Row(
         name="linear_logprob",
         make_inputs=linear_logprob_inputs,
-        spec=reference,
+        spec=eager,
         contenders={
-            "eager": reference,
-            "eager, compiled": torch.compile(reference, dynamic=False),
-            "torch": partial(linear_logprob, backend="torch"),
-            "torch, no cache": partial(linear_logprob, backend="torch", cache_gib=0.0),
-            "torch, 2.5 GiB cache": partial(linear_logprob, backend="torch", cache_gib=2.5),
-            "triton": partial(linear_logprob, backend="triton"),
+            "eager": eager,
+            "eager, compiled": Compiled(eager),
+            "torch": partial(waist, backend="torch"),
+            "torch, no cache": partial(waist, backend="torch", cache_gib=0.0),
+            "torch, 2.5 GiB cache": partial(waist, backend="torch", cache_gib=2.5),
+            "triton": partial(waist, backend="triton"),
+            "TRL's head": trl_logprob,
+            "verl's head": verl_logprob,
         },
         shapes=SHAPES,
         quick_shapes=QUICK_SHAPES,
         flops=three_products,
+        floor=bare_products,
         check_rows=256,
     )
 )

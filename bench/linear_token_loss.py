@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bench.linear_logprob import QUICK_SHAPES, SHAPES, three_products
-from bench.registry import Row, register
+from bench.peers import bare_products, liger_chunked_grpo, liger_triton_grpo, trl_logprob, verl_logprob
+from bench.registry import Compiled, Row, register
 from fastrl.ops.linear_logprob import linear_logprob
 from fastrl.ops.linear_logprob import reference as waist_reference
 from fastrl.ops.linear_token_loss import linear_token_loss
@@ -71,12 +72,26 @@ def two_steps(hidden: Tensor, weight: Tensor, target: Tensor, advantage: Tensor,
     return (row_weight.to(stats.logprob.dtype) * surrogate(stats.logprob, advantage)).sum()
 
 
+def over(head: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+    """The loss after another project's log-probabilities: its trainer's form."""
+
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor, advantage: Tensor, row_weight: Tensor) -> Tensor:
+        logprob, _ = head(hidden, weight, target)
+        return (row_weight.to(logprob.dtype) * surrogate(logprob, advantage)).sum()
+
+    return loss
+
+
 CONTENDERS: dict[str, Callable[..., Tensor]] = {
     "eager": eager,
-    "eager, compiled": torch.compile(eager, dynamic=False),
+    "eager, compiled": Compiled(eager),
     "linear_logprob": two_steps,
     "torch": partial(single_pass, backend="torch"),
     "triton": partial(single_pass, backend="triton"),
+    "TRL's head": over(trl_logprob),
+    "verl's head": over(verl_logprob),
+    "Liger, chunked GRPO": partial(liger_chunked_grpo, group=GROUP),
+    "Liger, triton_grpo_loss": partial(liger_triton_grpo, group=GROUP),
 }
 
 
@@ -96,6 +111,7 @@ register(
         shapes=SHAPES,
         quick_shapes=QUICK_SHAPES,
         flops=three_products,
+        floor=bare_products,
         differentiable=(0, 1),
         check_rows=256,
     ),
@@ -107,6 +123,7 @@ register(
         shapes=SHAPES,
         quick_shapes=QUICK_SHAPES,
         flops=three_products,
+        floor=bare_products,
         differentiable=(0, 1),
         check_rows=256,
     ),
@@ -122,6 +139,7 @@ register(
         shapes=SHAPES,
         quick_shapes=QUICK_SHAPES,
         flops=three_products,
+        floor=bare_products,
         differentiable=(0, 1),
         slack=2e-3,  # what skipping may leave out
         check_rows=256,

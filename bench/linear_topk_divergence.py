@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.linear_logprob import QUICK_SHAPES, SHAPES, three_products
-from bench.registry import Row, register
+from bench.registry import Compiled, Row, register
 from fastrl.ops.linear_topk_divergence import TopTokens, linear_topk_divergence, reference
 from fastrl.testing import linear_logprob_inputs
 
@@ -43,7 +43,7 @@ register(
         spec=spec,
         contenders={
             "eager": spec,
-            "eager, compiled": torch.compile(spec, dynamic=False),
+            "eager, compiled": Compiled(spec),
             "torch": partial(ours, backend="torch"),
             "triton": partial(ours, backend="triton"),
         },

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.registry import Row, register
+from bench.registry import Compiled, Row, register
 from fastrl.ops.logits_logprob import logits_logprob, reference
 
 
@@ -25,12 +25,13 @@ register(
         spec=reference,
         contenders={
             "eager": reference,
-            "eager, compiled": torch.compile(reference, dynamic=False),
+            "eager, compiled": Compiled(reference),
             "torch": partial(logits_logprob, backend="torch"),
             "triton": partial(logits_logprob, backend="triton"),
         },
         shapes={"8k x 151936": (8192, 151936), "8k x 50257": (8192, 50257)},
         quick_shapes={"demo": (2000, 100), "gpt2": (512, 50257)},
+        bytes=lambda n, v, element: 3.0 * element * n * v,  # read; read and written by the gradient
         check_rows=256,
     )
 )

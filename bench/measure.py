@@ -6,17 +6,17 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.registry import Row, Shape
+from bench.registry import Compiled, Row, Shape
 from fastrl.testing import MemoryMeter, ValueAndGrads, double, error, magnitude, value_and_grads
 
 L2_BYTES = 256 << 20  # written between repeats on a GPU, so that no contender finds its inputs in cache
-UNTIMED_CALLS = 2  # compilation, autotuning, allocator
+UNTIMED_CALLS = 2  # after the first: allocator, clocks
+FLOOR = "floor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +24,19 @@ class Timing:
     """Wall time of forward plus backward in milliseconds, and memory above the inputs.
 
     Attributes:
-        median: of all repeats; p10 and p90 beside it.
-        peak_mib: None where it cannot be seen (a compiled function on the CPU).
+        ms: median of the repeats; first and last decile beside it.
+        cold_ms: the first call of all, compilation and autotuning included.
+        peak_gib: most memory alive above the inputs; None where it cannot be seen (a compiled function on the CPU).
+        reserved_gib: what the allocator held for it; None on a CPU.
     """
 
-    median: float
-    p10: float
-    p90: float
+    ms: float
+    ms_p10: float
+    ms_p90: float
     repeats: int
-    peak_mib: float | None
+    cold_ms: float
+    peak_gib: float | None
+    reserved_gib: float | None
 
 
 def relative_error(got: ValueAndGrads, truth: ValueAndGrads) -> float:
@@ -79,8 +83,16 @@ def step(
 def timings(
     row: Row, names: Sequence[str], inputs: Sequence[Any], *, device: str, repeats: int, seconds: float
 ) -> dict[str, Timing]:
-    """Time the named contenders `repeats` times in turn, fewer when all together would take longer than `seconds`."""
+    """Time the named contenders `repeats` times in turn, fewer when all together would take longer than `seconds`.
+
+    Returns:
+        Timings by name, with the row's floor, where it has one, under `FLOOR`.
+    """
     calls = {name: step(row.contenders[name], inputs, row.differentiable) for name in names}
+    if row.floor is not None:
+        calls[FLOOR] = step(row.floor, inputs, ())
+    names = list(calls)
+    cold = {name: _milliseconds(call, device) for name, call in calls.items()}
     for call in calls.values():
         for _ in range(UNTIMED_CALLS):
             call()
@@ -94,16 +106,7 @@ def timings(
             samples[name].append(_milliseconds(calls[name], device))
         if repeat >= 2 and time.perf_counter() > stop:
             break
-    hidden = {name for name in names if device == "cpu" and _is_compiled(row.contenders[name])}
-    return {
-        name: _timing(samples[name], None if name in hidden else _peak_mib(calls[name], device, inputs))
-        for name in names
-    }
-
-
-def _is_compiled(function: Callable[..., Any]) -> bool:
-    """A compiled function runs as plain operators while a dispatch mode watches, so its memory cannot be seen."""
-    return "_torchdynamo_orig_callable" in vars(function) if isinstance(function, FunctionType) else False
+    return {name: _timing(samples[name], cold[name], _peak(row, name, calls[name], device, inputs)) for name in names}
 
 
 def _milliseconds(call: Callable[[], None], device: str) -> float:
@@ -119,20 +122,26 @@ def _milliseconds(call: Callable[[], None], device: str) -> float:
     return float(begin.elapsed_time(end))
 
 
-def _timing(samples: list[float], peak_mib: float | None) -> Timing:
+def _timing(samples: list[float], cold: float, peak: tuple[float | None, float | None]) -> Timing:
     deciles = statistics.quantiles(samples, n=10, method="inclusive")
-    return Timing(statistics.median(samples), deciles[0], deciles[-1], len(samples), peak_mib)
+    return Timing(statistics.median(samples), deciles[0], deciles[-1], len(samples), cold, *peak)
 
 
-def _peak_mib(call: Callable[[], None], device: str, inputs: Sequence[Any]) -> float:
-    """Most memory alive above the inputs during one call."""
+def _peak(
+    row: Row, name: str, call: Callable[[], None], device: str, inputs: Sequence[Any]
+) -> tuple[float | None, float | None]:
+    """Most memory alive above the inputs during one call, and most that the allocator held above what it had, GiB."""
     if device == "cuda":
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before, held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
         call()
         torch.cuda.synchronize()
-        return float(torch.cuda.max_memory_allocated() - before) / 2**20
+        peak, reserved = torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_reserved() - held
+        return peak / 2**30, reserved / 2**30
+    if name != FLOOR and isinstance(row.contenders[name], Compiled):
+        return None, None  # it runs as plain operators while a dispatch mode watches, so its memory cannot be seen
     with MemoryMeter(*(x for x in inputs if isinstance(x, Tensor))) as meter:
         call()
-    return float(meter.peak_bytes) / 2**20
+    return meter.peak_bytes / 2**30, None

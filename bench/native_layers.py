@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.registry import Row, register
+from bench.registry import Compiled, Row, register
 from fastrl.train.native_attention import packed_attention
 from fastrl.train.packed_sdpa import bucketed, packed_sdpa
 
@@ -132,7 +132,7 @@ register(
         contenders={
             "transformers": norm,
             "torch.rms_norm": fused_norm,
-            "compile": torch.compile(norm),
+            "compile": Compiled(norm),
             "native": native(layer("rms_norm", epsilon=EPSILON)),
         },
         shapes=WIDE,
@@ -144,7 +144,7 @@ register(
         spec=swiglu,
         contenders={
             "transformers": swiglu,
-            "compile": torch.compile(swiglu),
+            "compile": Compiled(swiglu),
             "native": native(layer("swiglu")),
         },
         shapes=WIDE,
@@ -156,7 +156,7 @@ register(
         spec=rotary,
         contenders={
             "transformers": rotary,
-            "compile": torch.compile(rotary),
+            "compile": Compiled(rotary),
             "native": native(layer("rotary")),
         },
         shapes=HEADS,

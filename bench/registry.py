@@ -24,6 +24,9 @@ class Row:
         shapes: name -> shape, for a GPU.
         quick_shapes: name -> shape, for a CPU or `--quick`.
         flops: (*shape) -> useful floating-point operations, forward and backward; None for memory-bound work.
+        bytes: (*shape, element) -> bytes that must be read and written at least; None for arithmetic-bound work.
+        floor: function of the inputs that does the bare work and nothing with it (the matrix products alone). It is
+            timed in turn with the contenders, and each one's time over its time is the record's `floor_ratio`.
         differentiable: places of the inputs to differentiate; None means every floating-point tensor,
             () times the forward pass alone.
         slack: error allowed over the baseline's own, relative to the largest true value.
@@ -38,9 +41,28 @@ class Row:
     shapes: Mapping[str, Shape]
     quick_shapes: Mapping[str, Shape]
     flops: Callable[..., float] | None = None
+    bytes: Callable[..., float] | None = None
+    floor: Callable[..., Any] | None = None
     differentiable: tuple[int, ...] | None = None
     slack: float = 1e-4
     check_rows: int | None = None
+
+
+class Compiled:
+    """`torch.compile` of a function, made at its first call: importing the rows costs no compiler."""
+
+    def __init__(self, function: Callable[..., Any], *, dynamic: bool = False) -> None:
+        self.function = function
+        self.dynamic = dynamic
+        self._made: Callable[..., Any] | None = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The function's own result."""
+        if self._made is None:
+            import torch
+
+            self._made = torch.compile(self.function, dynamic=self.dynamic)
+        return self._made(*inputs)
 
 
 _rows: dict[str, Row] = {}
