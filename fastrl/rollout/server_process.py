@@ -34,6 +34,7 @@ CAUSES = {
     "out of memory": "it does not fit into the memory; lower rollout.server.gpu_memory_utilization or use more devices",
     "No available memory for the cache blocks": "no memory is left for the cache; raise "
     "rollout.server.gpu_memory_utilization",
+    "less than requested memory for kv": "no memory is left for the cache; lower rollout.server.kv_cache_gib",
     "less than desired": "less memory is free than rollout.server.gpu_memory_utilization asks for; lower it",
     "KV cache is needed, which is larger": "the cache of one sequence does not fit; lower max_completion_length or "
     "raise rollout.server.gpu_memory_utilization",

@@ -16,6 +16,7 @@ from fastrl.rollout.server_member import Server
 from fastrl.rollout.server_nccl import Nccl
 from fastrl.rollout.server_process import Launch, ServerProcess
 from fastrl.rollout.server_weights import Adapters, Files, Transport
+from fastrl.rollout.vllm_start import CPU_CACHE_GIB, LORA_RANKS
 from fastrl.train.config import GKDConfig, InferenceConfig, OnPolicyConfig, ServerBlock, TrainConfig
 from fastrl.train.lora_files import save_adapter
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LOG = "vllm-server-{}.log"
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for; an adapter takes the next larger
 
 
 def server_engine(
@@ -58,6 +58,9 @@ def launch_of(config: OnPolicyConfig | InferenceConfig | GKDConfig, policy: PreT
     arguments = ["--dtype", str(policy.dtype).removeprefix("torch."), "--seed", "0"]
     arguments += ["--max-num-seqs", str(block.concurrency)]
     arguments += ["--gpu-memory-utilization", str(block.gpu_memory_utilization)]
+    cache = CPU_CACHE_GIB if block.kv_cache_gib is None and policy.device.type == "cpu" else block.kv_cache_gib
+    if cache is not None:
+        arguments += ["--kv-cache-memory-bytes", str(int(cache * 2**30))]
     if length < 2**31:  # a model without a limit: vLLM reads its configuration
         arguments += ["--max-model-len", str(length)]
     if config.trust_remote_code:

@@ -92,6 +92,7 @@ RANGES = {
     "rollout.server.concurrency": "[1, inf)",
     "rollout.server.count": "[1, 64]",
     "rollout.server.gpu_memory_utilization": "(0, 1)",
+    "rollout.server.kv_cache_gib": "(0, inf)",
     "rollout.server.lost_steps": "[1, inf)",
     "rollout.server.max_model_len": "[2, inf)",
     "rollout.server.patience_seconds": "[0, inf)",

@@ -13,7 +13,10 @@ from fastrl.train.ranks import launched_ranks
 from fastrl.train.validate_vllm import distribution_problems
 
 Problems = Iterator[str]
-STARTED = ("count", "devices", "bind", "port", "python", "arguments", "gpu_memory_utilization", "start_seconds")
+STARTED = (
+    *("count", "devices", "bind", "port", "python", "arguments"),
+    *("gpu_memory_utilization", "kv_cache_gib", "start_seconds"),
+)
 RUNNING = ("api_key_env", "patience_seconds")  # of servers that run already
 
 

@@ -19,7 +19,8 @@ class ServerBlock:
         port: of a server that is started; null takes a free one.
         python: interpreter that has vLLM, with the torch it wants; null is the trainer's own.
         arguments: further options of `vllm serve`, as [--tensor-parallel-size, "2"].
-        gpu_memory_utilization: share of a GPU's memory, or of a CPU's, that a server which is started may fill.
+        gpu_memory_utilization: share of a GPU's memory that a server which is started may fill.
+        kv_cache_gib: memory for its keys and values; null is 1 on a CPU, and on a GPU what the share above leaves.
         max_model_len: most tokens of prompt and completion together; null is the model's context.
         transfer: how weights travel: "nccl" from GPU to GPU, "files" through a directory that trainer and servers
             share; "auto" is nccl when the policy is on a GPU. A LoRA adapter is always a file.
@@ -45,6 +46,7 @@ class ServerBlock:
     python: str | None = None
     arguments: tuple[str, ...] = ()
     gpu_memory_utilization: float = 0.9
+    kv_cache_gib: float | None = None
     max_model_len: int | None = None
     transfer: Literal["auto", "files", "nccl"] = "auto"
     directory: str | None = None
