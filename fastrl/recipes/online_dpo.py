@@ -24,7 +24,7 @@ from fastrl.rewards.protocol import Reward
 from fastrl.rewards.resolve import resolve_rewards
 from fastrl.rollout.builtin import context_length
 from fastrl.train.attend import attended
-from fastrl.train.collect import Experience, Sampler, TrainerState, collect, collect_round
+from fastrl.train.collect import Experience, Sampler, TrainerState, collect, collect_round, sampled_reward
 from fastrl.train.config import OnlineDPOConfig
 from fastrl.train.contents import contents_of
 from fastrl.train.curriculum import weight_metrics
@@ -122,7 +122,7 @@ def run(config: OnlineDPOConfig) -> int:
                 progress = learn(config, setup, journal, experience, replace(progress, ordinal=ordinal))
                 is_last = progress.step >= setup.total_steps
                 rounds_without_verdict = check_verdicts(
-                    experience.reward, rounds_without_verdict, experience.scores.errors
+                    sampled_reward(experience), rounds_without_verdict, experience.scores.errors
                 )
                 failing = check_error_rates(experience.scores, failing, config.rewards)
                 if setup.held_out and (is_last or (config.eval_steps and progress.step % config.eval_steps == 0)):

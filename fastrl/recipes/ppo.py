@@ -21,7 +21,7 @@ from fastrl.report.journal import Journal
 from fastrl.report.preview import completion_rows, print_table
 from fastrl.train.algorithm import ESTIMATORS
 from fastrl.train.attend import attended
-from fastrl.train.collect import Experience, TrainerState, collect, collect_round
+from fastrl.train.collect import Experience, TrainerState, collect, collect_round, sampled_reward
 from fastrl.train.config import PPOConfig
 from fastrl.train.contents import contents_of
 from fastrl.train.curriculum import weight_metrics
@@ -88,7 +88,7 @@ def run(config: PPOConfig) -> int:
                 progress = learn(config, setup, journal, experience, progress, ordinal=ordinal)
                 is_last = progress.step >= setup.total_steps
                 rounds_without_verdict = check_verdicts(
-                    experience.reward, rounds_without_verdict, experience.scores.errors
+                    sampled_reward(experience), rounds_without_verdict, experience.scores.errors
                 )
                 failing = check_error_rates(experience.scores, failing, config.rewards)
                 if setup.held_out and (is_last or _crossed(first, progress.step, config.eval_steps)):

@@ -231,6 +231,12 @@ def reward_columns(experience: Experience) -> Tensor:
     return torch.where(experience.reward.isfinite()[:, None], found, torch.nan)
 
 
+def sampled_reward(experience: Experience) -> Tensor:
+    """[<= S] f32 the rewards of completions that the engine finished: what it lost says nothing of the rewards."""
+    is_whole = [rollout.finish_reason != "error" for rollout in experience.rollouts]
+    return experience.reward[torch.tensor(is_whole, dtype=torch.bool)]
+
+
 def _completions(sampler: Sampler, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Any]:
     """Each completion as text, or as one assistant message, like its prompt."""
     # Completions repeat as a policy grows sure of them, and a tokenizer takes longer than a dictionary.

@@ -166,6 +166,8 @@ def check_lengths(config: OnPolicyConfig, prompts: Sequence[Prompt], *, context:
         ValueError: a prompt that leaves no room to sample, or a sequence over the token budget.
     """
     longest = max(len(prompt.ids) for prompt in prompts)
+    served = {"vllm": config.rollout.vllm.max_model_len, "vllm_server": config.rollout.server.max_model_len}
+    context = min(context, served.get(config.rollout.engine) or context)
     if longest >= context:
         raise ValueError(
             f"the longest prompt has {longest} tokens, which leaves no room to sample in the model's context of "
