@@ -1,6 +1,7 @@
 """TRL's functions of logits, with TRL's arguments and returns, over `fastrl.ops.logits_logprob`.
 
-Results are float32 for 16-bit logits, as TRL's own are on a GPU. A negative index is ignored, with log-probability 0.
+Everything is worked out in float32 (float64 for float64 logits). As with TRL, 16-bit logits get float32 results on a
+GPU, and results rounded to the logits' dtype elsewhere. A negative index is ignored, with log-probability 0.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def selective_log_softmax(
         logprob = chosen - lse[..., None]
     else:
         logprob = _stats(logits, index, temperature).logprob
-    return logprob if row_mask is None else logprob.masked_fill(row_mask == 0, 0.0)
+    return _returned(logprob, logits, row_mask)
 
 
 def selective_log_softmax_and_entropy(
@@ -46,10 +47,8 @@ def selective_log_softmax_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability [...] of one class per row and the entropy [...] of the row, in nats; see above."""
     stats = _stats(logits, index, temperature)
-    logprob, entropy = stats.logprob, stats.entropy if entropy_requires_grad else stats.entropy.detach()
-    if row_mask is None:
-        return logprob, entropy
-    return logprob.masked_fill(row_mask == 0, 0.0), entropy.masked_fill(row_mask == 0, 0.0)
+    entropy = stats.entropy if entropy_requires_grad else stats.entropy.detach()
+    return _returned(stats.logprob, logits, row_mask), _returned(entropy, logits, row_mask)
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
@@ -59,7 +58,7 @@ def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
         chunk_size: TRL's rows at a time; a bound on memory that fastrl keeps by its own chunks of at most as many.
     """
     index = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    return _stats(logits, index, 1.0, chunk_rows=chunk_size).entropy
+    return _returned(_stats(logits, index, 1.0, chunk_rows=chunk_size).entropy, logits, None)
 
 
 def _stats(logits: Tensor, index: Tensor, temperature: float, *, chunk_rows: int | None = None) -> TokenStats:
@@ -69,3 +68,10 @@ def _stats(logits: Tensor, index: Tensor, temperature: float, *, chunk_rows: int
     target = index.reshape(-1).to(torch.int64)
     found = logits_logprob(rows, target, temperature=temperature, chunk_rows=chunk_rows)
     return TokenStats(*(value.view(index.shape) for value in found))
+
+
+def _returned(values: Tensor, logits: Tensor, row_mask: Tensor | None) -> Tensor:
+    """In the dtype that TRL returns, with 0 in masked rows."""
+    is_wide = logits.device.type in ("cuda", "xpu")
+    values = values if is_wide else values.to(logits.dtype)
+    return values if row_mask is None else values.masked_fill(row_mask == 0, 0.0)

@@ -16,7 +16,7 @@ from fastrl.integrations import trl as ours
 GONE = {
     "trl.import_utils": ("is_joblib_available",),
     "trl.trainer.utils": ("patch_chunked_lm_head", "forward_masked_logits"),
-    "trl.trainer.sft_trainer": ("dft_loss",),
+    "trl.trainer.sft_trainer": ("dft_loss", "_chunked_cross_entropy_loss", "_patch_chunked_ce_lm_head"),
 }
 # Names of what the tests look into, which is how TRL goes about its work and not what comes of it.
 ABOUT_TRL = {
