@@ -1,11 +1,11 @@
 """New weights into a vLLM in this process: one place that knows how, for vLLM 0.20 to 0.33.
 
-What was read in vLLM's sources at 0.21, 0.26 and 0.32: `collective_rpc` runs a function on the worker,
-`worker.reload_weights(weights_iterator=...)` loads layer by layer through vLLM's own processing, `LoRARequest` names an
-adapter's folder, `reset_prefix_cache` forgets keys and values of old weights; all have the same form.
+What was read in vLLM's sources at 0.21, 0.26 and 0.32, and has one form in all: `collective_rpc` runs a function on the
+worker; between `initialize_` and `finalize_layerwise_reload` a model's `load_weights` goes layer by layer through what
+vLLM does to weights after loading; `LoRARequest` names an adapter's folder.
 
-On a CPU `reload_weights` succeeds and changes nothing when oneDNN has packed the weights. There the packing is off
-(`start_without_packing`) and the model's own `load_weights` copies into the weights that are used.
+On a CPU oneDNN packs the weights, after which `load_weights` fails, and `reload_weights` from files succeeds and
+changes nothing. There the packing is off (`start_without_packing`), and `load_weights` copies into what is used.
 """
 
 from __future__ import annotations
@@ -46,18 +46,27 @@ def named_weights(model: Any) -> dict[str, Tensor]:
 def push_weights(llm: Any, model: nn.Module, *, is_cpu: bool) -> None:
     """Overwrite vLLM's weights with the model's.
 
+    Args:
+        is_cpu: copy straight into the weights, which nothing has processed (`start_without_packing`).
+
     Raises:
         ValueError: vLLM's model has weights that the trainer's model does not name.
     """
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
     weights = named_weights(model)
 
     def load(worker: Any) -> list[str]:
-        if not is_cpu:
-            worker.reload_weights(weights_iterator=iter(weights.items()))
-            return []
-        own = worker.model_runner.model
-        loaded = own.load_weights(iter(weights.items()))
-        return sorted({name for name, _ in own.named_parameters()} - loaded) if loaded is not None else []
+        own = worker.model_runner.get_model()
+        names = {name for name, _ in own.named_parameters()}
+        if is_cpu:
+            return sorted(names - own.load_weights(iter(weights.items())))
+        with set_current_vllm_config(worker.vllm_config):
+            initialize_layerwise_reload(own)
+            loaded = own.load_weights(iter(weights.items()))
+            finalize_layerwise_reload(own, worker.vllm_config.model_config)
+        return sorted(names - loaded)
 
     (missing,) = llm.collective_rpc(load)
     if missing:
