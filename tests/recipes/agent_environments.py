@@ -1,0 +1,48 @@
+"""Environments for tiny agents; nothing heavy is imported here, as worker processes import it."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+
+class Buttons:
+    """An episode earns what its presses add up to; each press says how often it was pressed."""
+
+    def reset(self, start: int, **columns: Any) -> str | None:
+        self.presses = 0
+        self.start = start
+        return "7" if start == 2 else None
+
+    def press(self) -> int:
+        """Presses the button."""
+        self.presses += 1
+        return self.presses
+
+    def get_turn_reward(self) -> float:
+        return float(self.presses)
+
+    def get_reward(self) -> float:
+        return float(self.presses > 0)
+
+
+class Hanging(Buttons):
+    """Hangs, dies and raises, each in one row of three."""
+
+    def press(self) -> int:
+        """Presses the button."""
+        if self.start == 0:
+            time.sleep(60)
+        if self.start == 1:
+            os._exit(1)
+        raise SystemExit
+
+
+def presses(environments: list[Any], completions: list[list[dict[str, Any]]], **columns: Any) -> list[float]:
+    """A reward function that reads environments and messages."""
+    for environment, messages in zip(environments, completions, strict=True):
+        assert environment.presses == sum(
+            message["role"] == "tool" and "error" not in message["content"] for message in messages
+        )
+    return [float(environment.presses) for environment in environments]
