@@ -7,7 +7,7 @@ no reference model; completions without gradient never reach the backbone.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
@@ -24,7 +24,7 @@ from fastrl.report.preview import completion_rows, print_table
 from fastrl.train.ahead import Rounds, Source
 from fastrl.train.algorithm import algorithm_from
 from fastrl.train.attend import attended
-from fastrl.train.collect import Experience, collect, reward_columns
+from fastrl.train.collect import Experience, collect, reward_columns, sampled_reward
 from fastrl.train.config import GRPOConfig
 from fastrl.train.contents import contents_of
 from fastrl.train.curriculum import weight_metrics
@@ -66,7 +66,8 @@ def run(config: GRPOConfig) -> int:
         setup = set_up(config, tokenizer, resources)
         write_environment(directory.path, setup.policy.device)
         title = f"fastrl grpo ({config.parity or config.algorithm})"
-        rounds = resources.enter_context(rounds_of(config, setup))
+        rounds = rounds_of(config, setup)
+        resources.enter_context(closing(rounds))
         states: dict[str, Stateful] = {"optimizer": setup.optimizer}
         if config.rollout.max_staleness > 0:
             states["rounds"] = rounds
@@ -84,7 +85,7 @@ def run(config: GRPOConfig) -> int:
                 progress = learn(config, setup, journal, experience, replace(progress, ordinal=ordinal))
                 is_last = progress.step >= setup.total_steps
                 rounds_without_verdict = check_verdicts(
-                    experience.reward, rounds_without_verdict, experience.scores.errors
+                    sampled_reward(experience), rounds_without_verdict, experience.scores.errors
                 )
                 failing = check_error_rates(experience.scores, failing, config.rewards)
                 if setup.held_out and (is_last or _crossed(first, progress.step, config.eval_steps)):

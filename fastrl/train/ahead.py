@@ -170,15 +170,9 @@ class Rounds:
             self._cursor = ordinal
 
     def close(self) -> None:
-        """End the thread; the round it is in is given up as soon as its engine answers."""
+        """End the thread once the round it is in has ended; what waits behind that is given up."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self) -> Rounds:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _straight(self, progress: Progress) -> tuple[Experience, int]:
         engine, started = self._source.sampler.engine, perf_counter()

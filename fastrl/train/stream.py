@@ -162,12 +162,6 @@ class Stream:
             self._thread.join()
         self._judge.shutdown(wait=True, cancel_futures=True)
 
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _next_round(self) -> list[Group] | None:
         size = wanted = self._source.groups
         if self._source.max_rounds:
