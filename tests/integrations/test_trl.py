@@ -1,0 +1,188 @@
+"""`patch` and `unpatch`: what they replace, what they refuse; ten steps of TRL's trainers with and without."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+import threading
+from importlib.util import find_spec
+from types import ModuleType
+
+import pytest
+import torch
+
+from fastrl.integrations import trl as integration
+
+needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed (tests/hosts has it)")
+pytestmark = pytest.mark.filterwarnings("default")  # TRL warns of its own deprecations
+
+
+@pytest.fixture(autouse=True)
+def _leave_trl_as_it_was():
+    yield
+    integration.unpatch()
+
+
+def with_version(monkeypatch, found):
+    monkeypatch.setattr(integration, "version", lambda name: found)
+
+
+@pytest.mark.parametrize("found", ["1.15.0", "2.0.0", "0.29.1", "2.1.0.dev0"])
+def test_another_version_is_refused_in_a_sentence(monkeypatch, found):
+    with_version(monkeypatch, found)
+    with pytest.raises(RuntimeError, match=rf"found {found}.*pip install 'trl>=1.16,<2'"):
+        integration.patch()
+    assert integration.active() is None
+
+
+def test_no_trl_is_refused_in_a_sentence(monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(integration, "version", absent)
+    with pytest.raises(RuntimeError, match="pip install"):
+        integration.patch()
+
+
+def test_unpatch_without_patch_is_harmless():
+    integration.unpatch()
+
+
+def test_bad_options_are_refused_before_anything_is_replaced():
+    with pytest.raises(ValueError, match="cache_gib"):
+        integration.patch(cache_gib=-1.0)
+    assert integration.active() is None
+
+
+def utils():
+    from trl.trainer import utils
+
+    return utils
+
+
+def held():
+    """What every module of TRL holds under the names that are replaced."""
+    return {
+        (name, attribute): vars(module)[attribute]
+        for name, module in list(sys.modules.items())
+        if name == "trl" or name.startswith("trl.")
+        for attribute in integration.SIGNATURES
+        if attribute in vars(module)
+    }
+
+
+@needs_trl
+def test_unpatch_restores_exactly():
+    utils()
+    before = held()
+    done = integration.patch()
+    assert set(done.replaced) == {".".join(place) for place in before}
+    assert all(value is not before[place] for place, value in held().items())
+    integration.unpatch()
+    assert held() == before
+    assert integration.active() is None
+
+
+@needs_trl
+def test_a_second_patch_changes_options_only():
+    utils()
+    before = held()
+    first = integration.patch()
+    assert integration.patch() == first
+    second = integration.patch(cache_gib=1.0, backend="torch")
+    assert second.replaced == first.replaced
+    assert utils()._ChunkedLogProbFunction.cache_gib == 1.0
+    integration.unpatch()
+    assert held() == before
+
+
+@needs_trl
+def test_a_context_gives_back_what_was_there_even_after_an_error():
+    utils()
+    before = held()
+
+    def fails():
+        with integration.patched(cache_gib=0.0) as done:
+            assert integration.active() is done
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert held() == before
+    integration.patch(cache_gib=2.0)
+    with integration.patched():
+        assert integration.active().head.cache_gib is None
+    assert integration.active().head.cache_gib == 2.0
+
+
+@needs_trl
+def test_a_module_that_imported_the_name_is_moved_and_so_is_one_that_imports_it_later(monkeypatch):
+    early, late = ModuleType("trl.early"), ModuleType("trl.late")
+    original = utils().selective_log_softmax
+    early.selective_log_softmax = original
+    monkeypatch.setitem(sys.modules, "trl.early", early)
+    assert "trl.early.selective_log_softmax" in integration.patch().replaced
+    late.selective_log_softmax = utils().selective_log_softmax
+    monkeypatch.setitem(sys.modules, "trl.late", late)
+    assert early.selective_log_softmax is late.selective_log_softmax is not original
+    integration.unpatch()
+    assert early.selective_log_softmax is late.selective_log_softmax is original
+
+
+@needs_trl
+def test_a_function_with_other_arguments_is_refused(monkeypatch):
+    def changed(logits, index, temperature=1.0):
+        raise AssertionError
+
+    before = held()
+    monkeypatch.setattr(utils(), "selective_log_softmax", changed)
+    with pytest.raises(RuntimeError, match="selective_log_softmax takes"):
+        integration.patch()
+    monkeypatch.undo()
+    assert held() == before
+
+
+@needs_trl
+def test_a_head_that_returns_other_things_is_refused(monkeypatch):
+    from trl.kernels import chunked_logprob
+
+    monkeypatch.setattr(chunked_logprob, "OPTIONAL_OUTPUTS", ("entropy", "varentropy"))
+    with pytest.raises(RuntimeError, match="varentropy"):
+        integration.patch()
+
+
+@needs_trl
+def test_a_head_that_nobody_calls_is_refused(monkeypatch):
+    monkeypatch.setattr(utils(), "add_fused_lm_head", lambda model: None)
+    with pytest.raises(RuntimeError, match="would not be reached"):
+        integration.patch()
+
+
+@needs_trl
+def test_threads_that_patch_together_leave_one_patch():
+    utils()
+    before = held()
+    threads = [threading.Thread(target=integration.patch) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    integration.unpatch()
+    assert held() == before
+
+
+@needs_trl
+def test_sixteen_bit_gradients_are_nearer_to_float64_than_trls():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 32, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(128, 32, generator=generator).bfloat16().requires_grad_()
+    target = torch.randint(0, 128, (64,), generator=generator)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    logprob = (exact[0] @ exact[1].T).log_softmax(-1).gather(-1, target[:, None])
+    truth = torch.autograd.grad(logprob.sum(), exact)
+    errors = []
+    for head in (utils()._ChunkedLogProbFunction, integration.patch().head):
+        found = head.apply(hidden, weight, None, target, 1.0, 32)[0]
+        got = torch.autograd.grad(found.sum(), (hidden, weight))
+        errors.append(max(float((x.double() - y).abs().max()) for x, y in zip(got, truth, strict=True)))
+    assert errors[1] < errors[0] / 2

@@ -1,0 +1,59 @@
+"""Padded batches as packed rows; TRL itself is not needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastrl.integrations.trl_packing import packed_rows
+
+IDS = torch.tensor([[0, 0, 11, 12, 13, 14, 0], [21, 22, 23, 0, 0, 0, 0], [0, 31, 32, 33, 34, 35, 36]])
+MASK = (IDS > 0).long()
+LABELS = IDS.where((IDS % 10) >= 3, -100)
+
+
+def places(rows):
+    """{place in the padded labels: (token fed, token predicted)} of the scored positions."""
+    scored = rows.labels != -100
+    fed, told, at = rows.input_ids[scored], rows.labels[scored], rows.place[scored]
+    return {int(p): (int(a), int(b)) for p, a, b in zip(at, fed, told, strict=True)}
+
+
+@pytest.mark.parametrize("is_one_row", [True, False])
+def test_every_scored_token_is_predicted_once_from_the_token_before_it(is_one_row):
+    rows = packed_rows(IDS, MASK, LABELS, is_one_row=is_one_row)
+    expected = {
+        s * 6 + t - 1: (int(IDS[s, t - 1]), int(IDS[s, t])) for s in range(3) for t in range(1, 7) if LABELS[s, t] > 0
+    }
+    assert places(rows) == expected
+
+
+def test_one_row_has_no_padding_and_positions_restart():
+    rows = packed_rows(IDS, MASK, LABELS, is_one_row=True)
+    assert rows.input_ids.tolist() == [[11, 12, 13, 21, 22, 31, 32, 33, 34, 35]]
+    assert rows.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3, 4]]
+
+
+def test_rows_are_as_long_as_the_longest_sequence():
+    rows = packed_rows(IDS, MASK, LABELS, is_one_row=False)
+    assert rows.input_ids.tolist() == [[31, 32, 33, 34, 35], [11, 12, 13, 21, 22]]
+    assert (rows.position_ids[:, 0] == 0).all()
+
+
+def test_a_first_tokens_label_is_nobodys():
+    labels = IDS.masked_fill(MASK == 0, -100)
+    assert len(places(packed_rows(IDS, MASK, labels, is_one_row=True))) == int(MASK.sum()) - 3
+
+
+def test_a_mask_with_gaps_is_refused():
+    mask = MASK.clone()
+    mask[2, 3] = 0
+    with pytest.raises(ValueError, match="one run of ones"):
+        packed_rows(IDS, mask, LABELS, is_one_row=True)
+
+
+def test_labels_of_other_tokens_are_refused():
+    labels = LABELS.clone()
+    labels[0, 4] = 99
+    with pytest.raises(ValueError, match="other tokens"):
+        packed_rows(IDS, MASK, labels, is_one_row=True)

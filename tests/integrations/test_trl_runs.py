@@ -1,0 +1,171 @@
+"""Ten steps of TRL's trainers with fastrl give the losses, metrics and weights of ten steps without."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+if find_spec("trl") is None or find_spec("datasets") is None:
+    pytest.skip("TRL is not installed (tests/hosts has it)", allow_module_level=True)
+
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer
+
+from fastrl.integrations.trl import FastDPOTrainer, FastGRPOTrainer, active, patched, unpatch
+from tests.integrations.trl_runs import largest_differences, run, trainer
+
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.slow]
+BOUND = {"loss": 1e-5, "metrics": 1e-4, "weights": 1e-5}
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+EVERY = (SFTTrainer, DPOTrainer, KTOTrainer, GRPOTrainer, RLOOTrainer)
+ANY = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "checkpointing": {"gradient_checkpointing": True},
+    "lora": {"lora": True},
+    "autocast": {"bf16": True},
+}
+SPECIAL = {
+    SFTTrainer: {"dft": {"loss_type": "dft"}, "packing": {"packing": True, "max_length": 32}},
+    DPOTrainer: {
+        "precomputed": {"precompute_ref_log_probs": True},
+        "three losses": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+        "ipo": {"loss_type": "ipo"},
+        "weighted": {"use_weighting": True},
+        "long tails": {"ld_alpha": 0.5},
+    },
+    KTOTrainer: {"apo": {"loss_type": "apo_zero_unpaired"}},
+    GRPOTrainer: {
+        "kl": {"beta": 0.1},
+        "kl, corrected": {"beta": 0.1, "use_bias_correction_kl": True},
+        **{name: {"loss_type": name} for name in ("grpo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo")},
+        "sequences": {"importance_sampling_level": "sequence"},
+        "entropy quantile": {"top_entropy_quantile": 0.5},
+        "entropy bonus": {"entropy_coef": 0.01},
+        "two iterations, delta": {"num_iterations": 2, "delta": 1.5, "epsilon": 0.01},
+        "off-policy mask": {"off_policy_mask_threshold": 0.01, "num_iterations": 2},
+        "temperature": {"temperature": 0.7},
+        "head in float32": {"cast_lm_head_to_fp32": True},
+        "accumulation, kl": {"beta": 0.1, "gradient_accumulation_steps": 2, "loss_type": "grpo"},
+    },
+    RLOOTrainer: {"kl": {"beta": 0.1}},
+}
+CASES = [
+    pytest.param(kind, settings, id=f"{kind.__name__}: {name}")
+    for kind in EVERY
+    for name, settings in (ANY | SPECIAL[kind]).items()
+]
+PACKED = {DPOTrainer: FastDPOTrainer, GRPOTrainer: FastGRPOTrainer}
+BY_SEQUENCE = ("luspo", "vespo", "sequence", "entropy quantile", "off-policy")
+
+
+@pytest.fixture(autouse=True)
+def _leave_trl_as_it_was():
+    yield
+    unpatch()
+
+
+def asked(settings):
+    """Settings of a run: "lora" is a PEFT configuration."""
+    settings = dict(settings)
+    if settings.pop("lora", False):
+        peft = pytest.importorskip("peft")
+        settings["peft_config"] = peft.LoraConfig(**LORA)
+    return settings
+
+
+def bound(settings):
+    """TRL rounds bfloat16 logits, fastrl keeps float32: 8 bits of mantissa apart, and Adam makes more of it."""
+    return {"loss": 3e-2, "metrics": 0.5, "weights": 3e-2} if settings.get("bf16") else BOUND
+
+
+def assert_same(ours, theirs, settings, record_property):
+    found, allowed = largest_differences(ours, theirs), bound(settings)
+    for name, value in found.items():
+        record_property(name, value)
+    assert all(found[name] <= allowed[name] for name in allowed), found
+
+
+@pytest.mark.parametrize(("kind", "settings"), CASES)
+def test_ten_steps_with_patch(kind, settings, record_property):
+    theirs = run(kind, **asked(settings))
+    with patched():
+        ours = run(kind, **asked(settings))
+    assert_same(ours, theirs, settings, record_property)
+
+
+@pytest.mark.parametrize(("kind", "settings"), [case for case in CASES if case.values[0] in PACKED])
+def test_ten_steps_packed(kind, settings, record_property):
+    theirs = run(kind, **asked(settings))
+    ours = run(PACKED[kind], **asked(settings))
+    assert active() is not None
+    assert_same(ours, theirs, settings, record_property)
+
+
+def test_the_single_pass_is_taken_where_the_loss_is_by_token(tmp_path):
+    by_token = [trainer(FastGRPOTrainer, tmp_path, loss_type=name) for name in ("dapo", "grpo", "cispo", "sapo")]
+    assert all(each.uses_single_pass for each in by_token)
+    not_by_token = [
+        {"loss_type": "vespo"},
+        {"loss_type": "luspo"},
+        {"importance_sampling_level": "sequence"},
+        {"top_entropy_quantile": 0.5},
+        {"off_policy_mask_threshold": 0.1},
+    ]
+    assert not any(trainer(FastGRPOTrainer, tmp_path, **each).uses_single_pass for each in not_by_token)
+
+
+@pytest.mark.parametrize("kind", [FastGRPOTrainer, FastDPOTrainer])
+def test_what_is_not_supported_is_refused_at_construction(kind, tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match=rf"prompt tuning: use trl.{kind.__name__[4:]}"):
+        trainer(kind, tmp_path, peft_config=prompts)
+    with pytest.raises(ValueError, match="lm_head"):
+        trainer(kind, tmp_path, peft_config=peft.LoraConfig(**LORA | {"target_modules": ["lm_head"]}))
+
+
+def test_a_model_whose_packed_sequences_see_each_other_is_refused(tmp_path, monkeypatch):
+    from transformers import masking_utils
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda positions: None)
+    with pytest.raises(ValueError, match="see each other"):
+        trainer(FastGRPOTrainer, tmp_path)
+
+
+def test_a_loss_that_trl_changed_is_noticed(tmp_path, monkeypatch):
+    made = trainer(FastGRPOTrainer, tmp_path)
+    theirs = GRPOTrainer._compute_loss
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda self, model, inputs: theirs(self, model, inputs) + 0.1)
+    with pytest.raises(RuntimeError, match="computes another loss"):
+        made.train()
+
+
+def test_a_trainer_that_lost_its_patch_says_so(tmp_path):
+    made = trainer(FastDPOTrainer, tmp_path)
+    unpatch()
+    with pytest.raises(RuntimeError, match="patch"):
+        made.train()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_packing_feeds_fewer_positions(implementation, tmp_path):
+    made = trainer(FastDPOTrainer, tmp_path, max_steps=1)
+    made.model.set_attn_implementation(implementation)
+    seen = []
+    made.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    padded = []
+    theirs = made._compute_loss
+
+    def compute(model, inputs, *args):
+        padded.append(inputs["input_ids"].shape)
+        return theirs(model, inputs, *args)
+
+    made._compute_loss = compute
+    made.train()
+    assert seen
+    assert torch.Size(seen[0]).numel() < padded[0].numel()
+    assert seen[0][1] < padded[0][1]
