@@ -120,10 +120,10 @@ class VLLMEngine:
         Raises:
             ValueError: also for sampling parameters that vLLM draws from another distribution.
         """
-        from vllm import SamplingParams, TokensPrompt
-
         if self.is_asleep:
             raise RuntimeError("the engine rests, and its weights may be gone; call load_weights before generate")
+        from vllm import SamplingParams, TokensPrompt
+
         check_vllm_sampling(sampling)
         ids = [tuple(int(token) for token in prompt) for prompt in prompts]
         check_prompts(ids, self.vocab_size, self.context)
