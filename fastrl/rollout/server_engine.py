@@ -302,10 +302,10 @@ class ServerEngine:
     def _verify(self, server: Server) -> None:
         """Forget keys and values of old weights, and ask for a known answer."""
         assert self._expected is not None
-        reset = server.post("/reset_prefix_cache")
+        reset = server.ask("/reset_prefix_cache")
         if isinstance(reset, dict) and reset.get("success") is False:
             raise ServerLostError("a prefix cache of old weights is still in use")
-        found = read_probe(server.post(PATH, probe_body(self._probe, server.model)), self._probe)
+        found = read_probe(server.ask(PATH, probe_body(self._probe, server.model)), self._probe)
         check_holds(
             torch.tensor(found),
             self._expected,

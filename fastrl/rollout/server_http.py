@@ -78,6 +78,10 @@ class Client:
         """The reply to a POST that must not be sent twice; see `call`."""
         return self.call("POST", path, body, deadline=time.monotonic() + seconds, retries=0)
 
+    def tell(self, path: str, body: Any = None, *, seconds: float) -> None:
+        """A POST that must not be sent twice and whose reply says no more than that it was done; see `call`."""
+        self.call("POST", path, body, deadline=time.monotonic() + seconds, retries=0, is_read=False)
+
     def call(
         self,
         method: str,
@@ -87,6 +91,7 @@ class Client:
         deadline: float,
         retries: int | None = None,
         is_pointless: Callable[[], bool] | None = None,
+        is_read: bool = True,
     ) -> Any:
         """Send a request until there is a reply; read it as JSON (None when it is empty).
 
@@ -94,6 +99,7 @@ class Client:
             deadline: of all attempts together, on the monotonic clock.
             retries: None takes the client's.
             is_pointless: asked before each retry; true gives up.
+            is_read: False takes any content, and returns None.
 
         Raises:
             ServerLostError: no connection, a broken or unreadable reply, or status 408, 429 or 5xx, to the end.
@@ -103,7 +109,7 @@ class Client:
         attempts = 1 + (self._retries if retries is None else retries)
         for attempt in range(attempts):
             try:
-                return self._sent(method, path, body, deadline)
+                return self._sent(method, path, body, deadline, is_read=is_read)
             except _TransientError as error:
                 wait = max(error.retry_after, self._jitter.uniform(0.0, self._backoff * 2**attempt))
                 if attempt == attempts - 1 or time.monotonic() + wait >= deadline or (is_pointless and is_pointless()):
@@ -122,7 +128,7 @@ class Client:
         except (_TransientError, DeadlineError) as error:
             raise ServerLostError(f"{self.url}{path}: {error}") from None
 
-    def _sent(self, method: str, path: str, body: Any, deadline: float) -> Any:
+    def _sent(self, method: str, path: str, body: Any, deadline: float, *, is_read: bool) -> Any:
         status, retry_after, content = self._exchange(method, path, body, deadline)
         if status in RETRIED or status >= 500:
             raise _TransientError(f"status {status}: {self._message(content)}", retry_after)
@@ -133,7 +139,7 @@ class Client:
             )
         if status != 200:
             raise ServerError(f"{self.url}{path}: status {status}: {self._message(content)}", status=status)
-        if not content:
+        if not content or not is_read:
             return None
         try:
             return json.loads(content)

@@ -65,8 +65,12 @@ class Server:
             self._has_warned = True
             warn_if_open(self.client)
 
-    def post(self, path: str, body: Any = None) -> Any:
+    def tell(self, path: str, body: Any = None) -> None:
         """Send a message of a weight update, once."""
+        self.client.tell(path, body, seconds=self._seconds)
+
+    def ask(self, path: str, body: Any = None) -> Any:
+        """The same, for what is answered in JSON."""
         return self.client.post(path, body, seconds=self._seconds)
 
     def world_size(self) -> int:
@@ -85,10 +89,10 @@ class Server:
         """End the process if it is ours; leave another's running."""
         self.is_up = False
         if self._process is not None:
-            self._process.close()
+            self._process.stop()
         elif self.model != self.base:
             with suppress(ServerError):
-                self.post("/v1/unload_lora_adapter", {"lora_name": self.model})
+                self.tell("/v1/unload_lora_adapter", {"lora_name": self.model})
 
     def _wait(self) -> None:
         deadline = time.monotonic() + self._patience

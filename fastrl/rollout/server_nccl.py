@@ -104,7 +104,7 @@ class _Together:
         """Send a message to all at once, to each its own body."""
         each = [None] * len(self._targets) if bodies is None else bodies
         with ThreadPoolExecutor(max(1, len(self._targets))) as pool:
-            list(pool.map(lambda target, body: target.post(path, body), self._targets, each))
+            list(pool.map(lambda target, body: target.tell(path, body), self._targets, each))
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         offset, bodies = int(init_info["rank_offset"]), []

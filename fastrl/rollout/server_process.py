@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -86,9 +87,6 @@ class ServerProcess:
         self.launch = launch
         self._key = secrets.token_urlsafe(32)
         self._process: subprocess.Popen[bytes] | None = None
-        self._imports = tempfile.TemporaryDirectory(prefix="fastrl-")
-        # The server needs our package, and nothing else of what stands beside it.
-        Path(self._imports.name, "fastrl").symlink_to(Path(fastrl.__file__).resolve().parent)
         self._end: Callable[[], object] = _nothing
 
     def start(self, *, retries: int) -> Client:
@@ -108,6 +106,9 @@ class ServerProcess:
                 stacklevel=2,
             )
         port = self.launch.port or _free_port()
+        # The server needs our package, and nothing else of what stands beside it.
+        imports = tempfile.mkdtemp(prefix="fastrl-")
+        Path(imports, "fastrl").symlink_to(Path(fastrl.__file__).resolve().parent)
         self.launch.log.parent.mkdir(parents=True, exist_ok=True)
         with self.launch.log.open("ab") as log:
             written = log.tell()
@@ -117,11 +118,11 @@ class ServerProcess:
                 stdin=subprocess.PIPE,  # closes when this process ends, however it does: the server then ends too
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._environment(),
+                env=self._environment(imports),
                 start_new_session=True,  # Ctrl-C is the trainer's; and one signal ends the whole group
             )
         host = LOOPBACK if self.launch.bind in ("0.0.0.0", "::") else self.launch.bind
-        self._end = weakref.finalize(self, _kill, self._process)
+        self._end = weakref.finalize(self, _kill, self._process, imports)
         client = Client(f"http://{host}:{port}", api_key=self._key, retries=retries)
         self._wait(client, self._process, written)
         return client
@@ -133,11 +134,6 @@ class ServerProcess:
     def stop(self) -> None:
         """Kill the server and every process it started; a second call does nothing."""
         self._end()
-
-    def close(self) -> None:
-        """Stop for good."""
-        self.stop()
-        self._imports.cleanup()
 
     def _wait(self, client: Client, process: subprocess.Popen[bytes], written: int) -> None:
         deadline = time.monotonic() + self.launch.seconds
@@ -161,7 +157,7 @@ class ServerProcess:
         tail = "" if cause is not None else "\n" + text[-TAIL_BYTES:]
         return f"the vLLM server of {self.launch.model} {what}{said}; its log is {self.launch.log}{tail}"
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, imports: str) -> dict[str, str]:
         inherited = {
             name: value
             for name, value in os.environ.items()
@@ -169,7 +165,7 @@ class ServerProcess:
         }
         return {
             **inherited,
-            "PYTHONPATH": self._imports.name,
+            "PYTHONPATH": imports,
             **(LOCAL if is_loopback(self.launch.bind) else {}),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # on a CPU the trainer needs cores too
             **self.launch.environment,
@@ -187,7 +183,7 @@ def _nothing() -> None:
     pass
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: subprocess.Popen[bytes], imports: str) -> None:
     assert process.stdin is not None
     with suppress(OSError):
         process.stdin.close()
@@ -196,3 +192,4 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):
         process.wait(SECONDS_TO_DIE)
+    shutil.rmtree(imports, ignore_errors=True)

@@ -39,7 +39,7 @@ class Target(Protocol):
     model: str
     is_joined: bool
 
-    def post(self, path: str, body: Any = None) -> Any:
+    def tell(self, path: str, body: Any = None) -> None:
         """Send a message of a weight update, once."""
         ...
 
@@ -118,13 +118,13 @@ class Files:
 
     def _sent(self, target: Target) -> None:
         if not target.is_joined:
-            target.post("/init_weight_transfer_engine", {"init_info": {"directory": str(self._directory)}})
+            target.tell("/init_weight_transfer_engine", {"init_info": {"directory": str(self._directory)}})
             target.is_joined = True
-        target.post("/pause?mode=abort")
-        target.post("/start_weight_update")
-        target.post("/update_weights", {"update_info": {"files": self._names}})
-        target.post("/finish_weight_update", {"weight_version": self.tag})
-        target.post("/resume")
+        target.tell("/pause?mode=abort")
+        target.tell("/start_weight_update")
+        target.tell("/update_weights", {"update_info": {"files": self._names}})
+        target.tell("/finish_weight_update", {"weight_version": self.tag})
+        target.tell("/resume")
 
 
 class Adapters:
@@ -157,12 +157,12 @@ class Adapters:
         name, old = self._path.name, target.model
         if old == name:  # sent before, but not probed
             with suppress(ServerError):
-                target.post("/v1/unload_lora_adapter", {"lora_name": name})
-        target.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self._path)})
+                target.tell("/v1/unload_lora_adapter", {"lora_name": name})
+        target.tell("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self._path)})
         target.model = name
         if old not in (target.base, name):
             with suppress(ServerError):  # a server that was started again does not know it
-                target.post("/v1/unload_lora_adapter", {"lora_name": old})
+                target.tell("/v1/unload_lora_adapter", {"lora_name": old})
 
 
 def new_tag(version: int) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +19,7 @@ from fastrl.rollout.server_nccl import Nccl
 from fastrl.rollout.server_process import Launch, ServerProcess
 from fastrl.rollout.server_weights import Adapters, Files, Transport
 from fastrl.rollout.vllm_start import CPU_CACHE_GIB, LORA_RANKS
-from fastrl.train.config import GKDConfig, InferenceConfig, OnPolicyConfig, ServerBlock, TrainConfig
+from fastrl.train.config import EvalConfig, GKDConfig, InferenceConfig, OnPolicyConfig, ServerBlock, TrainConfig
 from fastrl.train.lora_files import save_adapter
 
 if TYPE_CHECKING:
@@ -34,12 +36,23 @@ def server_engine(
     Raises:
         ServerError: a server does not come up, or does not fit; the message says what to change.
     """
+    return engine_over(servers_of(config, policy), transport_of(config, policy), config, policy, tokenizer)
+
+
+def engine_over(
+    servers: Sequence[Server],
+    transport: Transport,
+    config: OnPolicyConfig | InferenceConfig | GKDConfig,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> ServerEngine:
+    """The engine over these servers, with the limits of the configuration."""
     block = config.rollout.server
     return ServerEngine(
         policy,
         tokenizer,
-        servers=_servers(config, policy),
-        transport=_transport(config, policy),
+        servers=servers,
+        transport=transport,
         context=block.max_model_len,
         with_adapters=_has_adapter(config),
         limits=Limits(
@@ -70,10 +83,11 @@ def launch_of(config: OnPolicyConfig | InferenceConfig | GKDConfig, policy: PreT
     if isinstance(config, TrainConfig) and config.use_peft:
         rank = next(each for each in LORA_RANKS if each >= config.lora_r)
         arguments += ["--enable-lora", "--max-lora-rank", str(rank)]
+    directory = config.output_dir if isinstance(config, (TrainConfig, EvalConfig)) else None
     devices = {"CUDA_VISIBLE_DEVICES": block.devices[number]} if block.devices else {}
     return Launch(
         model=config.model_name_or_path,
-        log=Path(config.output_dir or ".") / LOG.format(number),
+        log=Path(directory or gettempdir()) / LOG.format(number),
         bind=block.bind,
         port=None if block.port is None else block.port + number,
         python=block.python or sys.executable,
@@ -83,7 +97,8 @@ def launch_of(config: OnPolicyConfig | InferenceConfig | GKDConfig, policy: PreT
     )
 
 
-def _servers(config: OnPolicyConfig | InferenceConfig | GKDConfig, policy: PreTrainedModel) -> list[Server]:
+def servers_of(config: OnPolicyConfig | InferenceConfig | GKDConfig, policy: PreTrainedModel) -> list[Server]:
+    """The servers that the configuration names, or those to start; none is asked for anything yet."""
     block = config.rollout.server
     key = os.environ.get(block.api_key_env, "")
     sources: list[Client | ServerProcess] = [Client(url, api_key=key, retries=block.retries) for url in block.urls]
@@ -94,7 +109,8 @@ def _servers(config: OnPolicyConfig | InferenceConfig | GKDConfig, policy: PreTr
     ]
 
 
-def _transport(config: OnPolicyConfig | InferenceConfig | GKDConfig, policy: PreTrainedModel) -> Transport:
+def transport_of(config: OnPolicyConfig | InferenceConfig | GKDConfig, policy: PreTrainedModel) -> Transport:
+    """How weights travel to them."""
     block = config.rollout.server
     if _has_adapter(config):
         return Adapters(save_adapter, block.directory)
