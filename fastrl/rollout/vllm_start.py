@@ -60,10 +60,13 @@ def started(path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     The process keeps its random state, its number of threads and its way to change that.
 
     Raises:
-        VLLMStartError: one sentence: version, device, model class, memory, vocabulary or tokenizer.
+        VLLMStartError: one sentence: version, ranks, device, model class, memory, vocabulary or tokenizer.
     """
     if (problem := version_problem()) is not None:
         raise VLLMStartError(problem)
+    if torch.distributed.is_initialized():
+        # vLLM would make its groups out of the trainer's ranks, and destroy them with its own when it ends.
+        raise VLLMStartError("several ranks cannot each hold a vLLM; use rollout.engine vllm_server")
     os.environ |= ENVIRONMENT
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with _undisturbed(model.device):
