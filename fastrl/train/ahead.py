@@ -98,6 +98,7 @@ class Rounds:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastrl-rounds") if depth else None
         self._queue: deque[_Asked] = deque()
         self._cursor = 0
+        self._dropped = 0
         self._idle_since: float | None = None
         self._taken_at: float | None = None
 
@@ -127,7 +128,7 @@ class Rounds:
         metrics = staleness_metrics(drawn.experience.rollouts, version=progress.step) | {
             "async/queue_depth": float(ready),
             "async/sampler_wait_seconds": drawn.waited,
-            "async/dropped_completions": 0.0,
+            "async/dropped_completions": float(self._dropped),
         }
         metrics |= {f"async/{name}_seconds": seconds for name, seconds in drawn.experience.seconds.items()}
         if self._taken_at is not None:
@@ -235,6 +236,8 @@ class Rounds:
     def _forget(self) -> None:
         """Drop the rounds that are ahead; none of them has taught anything."""
         wait([asked.drawn for asked in self._queue])
+        whole = [asked.drawn.result() for asked in self._queue if asked.drawn.exception() is None]
+        self._dropped += sum(len(drawn.experience.rollouts) for drawn in whole)
         self._queue.clear()
 
 

@@ -62,6 +62,7 @@ class Stream:
         self._seconds = {"rollout": 0.0, "reward": 0.0, "sampler_wait": 0.0}
         self._is_paused = self._is_sampling = self._is_closed = False
         self._judging = 0
+        self._dropped = 0
         self._error: BaseException | None = None
         self._taken_at: float | None = None
         self._judge = ThreadPoolExecutor(1, thread_name_prefix="fastrl-judge")
@@ -77,6 +78,7 @@ class Stream:
                 self._cursor = max(self._cursor, progress.ordinal)
                 self._thread.start()
             elif progress.rollbacks != self._progress.rollbacks:
+                self._dropped += sum(len(group.rollouts) for group in self._groups)
                 self._groups, self._without_signal = [], []
             self._progress, self._weights, self._is_loaded = progress, weights, False
             self._weights_round = self._round
@@ -93,7 +95,7 @@ class Stream:
         now = perf_counter()
         metrics = staleness_metrics(experience.rollouts, version=progress.step) | {
             "async/queue_depth": ready / self._source.groups,
-            "async/dropped_completions": 0.0,
+            "async/dropped_completions": float(self._dropped),
         }
         metrics |= {f"async/{name}_seconds": seconds for name, seconds in spent.items()}
         if self._taken_at is not None:

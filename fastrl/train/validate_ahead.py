@@ -13,7 +13,7 @@ def ahead_problems(config: OnPolicyConfig | GKDConfig | InferenceConfig) -> Iter
     if block.max_staleness == 0:
         for key in ("segment_tokens", "timeout_seconds"):
             if getattr(block, key) != getattr(default, key):
-                yield f"rollout.{key}: has no effect while rollout.max_staleness is 0; set that to 1 or more, or remove"
+                yield f"rollout.{key}: has no effect while rollout.max_staleness is 0; set that, or remove this"
         return
     if not isinstance(config, GRPOConfig):
         yield (
@@ -26,6 +26,8 @@ def ahead_problems(config: OnPolicyConfig | GKDConfig | InferenceConfig) -> Iter
             "rollout.max_staleness: vLLM in the trainer's own process samples and learns in turns; set rollout.engine "
             "to vllm_server, whose process is another, or max_staleness to 0"
         )
+    if config.rollout.engine != "builtin" and block.timeout_seconds != default.timeout_seconds:
+        yield "rollout.timeout_seconds: is of the built-in engine's own process; remove it"
     if config.load_in_4bit and config.rollout.engine == "builtin":
         yield (
             "rollout.max_staleness: the built-in engine samples ahead in a process of its own, which cannot map 4-bit "

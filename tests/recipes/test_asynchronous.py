@@ -165,3 +165,34 @@ def test_in_segments_tokens_are_of_several_versions_and_their_logprobs_are_those
             assert list(versions) == sorted(versions)
             assert versions[0] == rollout.policy_version >= step - 2
             assert len(versions) == len(rollout.completion_ids) == len(rollout.logprob)
+
+
+def test_a_run_in_segments_goes_on_after_a_power_cut_and_trains_nothing_twice(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = RolloutBlock(max_staleness=2, segment_tokens=2)
+    config = grpo_config(base, tmp_path / "run", **AHEAD | {"rollout": block, "max_steps": 8})
+    learned: dict[int, list[int]] = {}
+    original = grpo.learn
+
+    def noted(*args: Any) -> Any:
+        learned[args[4].step] = list(dict.fromkeys(args[3].group.tolist()))
+        return original(*args)
+
+    with monkeypatch.context() as killing:
+        killing.setattr(grpo, "learn", noted)
+        after_call(killing, grpo, "learn", number=5, do=cut_power)
+        with pytest.raises(PowerCutError):
+            grpo.run(config)
+    with monkeypatch.context() as resuming:
+        resuming.setattr(grpo, "learn", noted)  # steps 5 on are learned again, and what they held before is forgotten
+        assert grpo.run(replace(config, resume_from_checkpoint="auto")) == 0
+    ordinals = [ordinal for step in range(8) for ordinal in learned[step]]
+    assert len(set(ordinals)) == len(ordinals) == 16
+    assert set(ordinals) <= set(range(19))
+
+
+def test_adapters_are_sampled_ahead(base: Base, tmp_path: Path) -> None:
+    lines = run_grpo(base, tmp_path / "run", rollout=staleness(1), use_peft=True, **AHEAD)
+    assert column(lines, "sampling/importance_ratio/max")[0] == pytest.approx(1, abs=1e-3)
+    assert column(lines, "sampling/importance_ratio/max")[-1] != pytest.approx(1, abs=1e-4)

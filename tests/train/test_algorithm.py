@@ -10,7 +10,7 @@ import pytest
 
 from fastrl.algorithms import PolicyGradient, parity, presets
 from fastrl.train.algorithm import algorithm_from
-from fastrl.train.config import GRPOConfig, SamplerCorrectionBlock
+from fastrl.train.config import GRPOConfig, RolloutBlock, SamplerCorrectionBlock
 
 PRESETS = {
     "grpo": presets.grpo(),
@@ -132,6 +132,8 @@ def test_the_default_prints_every_choice_with_its_numbers() -> None:
             "sequence_mask(high=1.5)",
             {"parity": "trl", "sampler_correction": SamplerCorrectionBlock(mode="sequence_mask", high=1.5)},
         ),
+        ("correction", "None", {"parity": "trl", "sampler_correction": SamplerCorrectionBlock(mode="none")}),
+        ("correction", "truncate(high=3.0)", {"rollout": RolloutBlock(max_staleness=1)}),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -158,3 +160,11 @@ def test_the_result_is_a_record_whose_functions_can_be_called() -> None:
     found = algorithm_from(config(loss_type="dr_grpo"))
     assert isinstance(found, PolicyGradient)
     assert isinstance(found.weighting, partial)
+
+
+def test_stale_rounds_keep_a_presets_own_correction_and_one_that_was_asked_for() -> None:
+    block = RolloutBlock(max_staleness=1)
+    assert choices(parity="trl", rollout=block)["correction"] == "sequence_mask(high=3.0)"
+    assert choices(rollout=block, sampler_correction=SamplerCorrectionBlock(mode="none"))["correction"] == "None"
+    asked = SamplerCorrectionBlock(mode="mask", low=0.25, high=2.0)
+    assert choices(rollout=block, sampler_correction=asked)["correction"] == "mask(low=0.25, high=2.0)"
