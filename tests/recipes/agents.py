@@ -19,13 +19,12 @@ TEMPLATE = (
 
 
 def make_agent_base(folder: Path) -> tuple[Path, Path]:
-    """A random model whose vocabulary has digits, two whole calls, and nothing else; and a file of prompts."""
+    """A random model whose vocabulary has digits and two whole calls (other characters are padding); and a file of prompts."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    letters = sorted({*"0123456789", *"{'error': 'a tool call must be JSON (Ecpigydblqns1,):nuv}<>_/"})
     specials = (PAD, END, USER, ASSISTANT, TOOL)
-    vocabulary = {token: i for i, token in enumerate((*specials, PRESS, BROKEN, *letters))}
+    vocabulary = {token: i for i, token in enumerate((*specials, PRESS, BROKEN, *"0123456789"))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     backend.decoder = decoders.Fuse()

@@ -72,10 +72,11 @@ def test_a_run_repeats_and_the_place_of_its_environments_changes_nothing(
 
 def test_the_model_learns_to_call_the_tool(agent: tuple[Path, Path], tmp_path: Path) -> None:
     block = replace(BUTTONS, turn_advantage_weight=0.5, turn_gamma=0.5)
-    assert grpo.run(config(agent, tmp_path, block, max_steps=12)) == 0
+    changes = {"max_steps": 16, "max_completion_length": 24, "learning_rate": 2e-2, "num_generations": 8}
+    assert grpo.run(config(agent, tmp_path, block, **changes)) == 0
     reward = column(metrics_of(tmp_path), "reward")
-    assert reward[0] < 0.85
-    assert reward[-1] > 0.97
+    assert sum(reward[:2]) / 2 < 0.35
+    assert sum(reward[-4:]) / 4 > 0.6
 
 
 def test_environments_that_hang_die_or_exit_end_their_own_episodes(
@@ -90,7 +91,7 @@ def test_environments_that_hang_die_or_exit_end_their_own_episodes(
     first = metrics_of(tmp_path)[0]
     assert 0 < first["episodes/environment_error_rate"] < 1
     assert first["sampling/error_rate"] == first["episodes/environment_error_rate"]
-    assert read_log(tmp_path / "reward_errors.jsonl")[0]["reward"] == "environment"
+    assert read_log(tmp_path / "errors.jsonl")[0]["reward"] == "environment"
     assert "'environment' failed on" in capfd.readouterr().err
 
 

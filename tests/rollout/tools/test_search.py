@@ -43,7 +43,7 @@ def test_the_tool_shows_titles_and_says_when_nothing_fits(tmp_path: Path) -> Non
 def test_a_corpus_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read"):
         Search(str(tmp_path / "none.jsonl"))
-    with pytest.raises(ValueError, match='row 2 of .* needs a "text"'):
+    with pytest.raises(ValueError, match=r'row 2 of .* needs a "text"'):
         Search(corpus(tmp_path, {"text": "a"}, {"title": "b"}))
     with pytest.raises(ValueError, match="top_k of at least 1"):
         Search(corpus(tmp_path, {"text": "a"}), top_k=0)

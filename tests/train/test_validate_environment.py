@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fastrl.train.config import EnvironmentBlock, GRPOConfig, OnlineDPOConfig
+from fastrl.train.validate_environment import BUILT_IN_TOOLS, environment_problems
+
+GRPO = GRPOConfig(model_name_or_path="m", output_dir="o", train_dataset="d")
+
+
+def said(block: EnvironmentBlock, config: GRPOConfig = GRPO) -> str:
+    return " | ".join(environment_problems(replace(config, environment=block)))
+
+
+def test_an_environment_and_tools_that_exist_are_fine() -> None:
+    block = EnvironmentBlock(
+        factory="tests.recipes.agent_environments:Buttons", tools=("search(corpus=x)", "calculator")
+    )
+    assert said(block) == ""
+    assert said(EnvironmentBlock()) == ""
+
+
+@pytest.mark.parametrize(
+    ("block", "says"),
+    [
+        (EnvironmentBlock(factory="tests.recipes.agent_environments:Button"), "did you mean Buttons"),
+        (EnvironmentBlock(factory="Buttons"), "write package.module:name"),
+        (EnvironmentBlock(tools=("calculater",)), "did you mean calculator"),
+        (EnvironmentBlock(workers=2), "environment.workers: has no effect without tools"),
+        (EnvironmentBlock(tools=("calculator",), reward_weight=2.0), "set that too"),
+        (EnvironmentBlock(tools=("calculator",), turn_gamma=0.5), "turn_gamma: has no effect"),
+    ],
+)
+def test_what_names_nothing_or_does_nothing_is_a_problem(block: EnvironmentBlock, says: str) -> None:
+    assert says in said(block)
+
+
+def test_turns_are_credited_where_advantages_are_a_completions() -> None:
+    block = EnvironmentBlock(tools=("calculator",), turn_advantage_weight=1.0)
+    assert said(block) == ""
+    assert "has no place" in said(block, replace(GRPO, algorithm="reinforce_pp"))
+    online = OnlineDPOConfig(model_name_or_path="m", output_dir="o", train_dataset="d", environment=block)
+    found = list(environment_problems(online))
+    assert any("online_dpo compares single answers" in each for each in found)
+    assert any("recipe grpo alone" in each for each in found)
+
+
+def test_the_list_of_tools_is_the_one_that_runs() -> None:
+    from fastrl.train.environment_spec import BUILT_IN
+
+    assert sorted(BUILT_IN) == sorted(BUILT_IN_TOOLS)
