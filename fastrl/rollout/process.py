@@ -34,6 +34,7 @@ from fastrl.rollout.weights import copy_weights
 from fastrl.types import Rollout
 
 SECONDS_TO_START = 300.0  # it imports torch and transformers, and may wait for a GPU's context
+SECONDS_TO_END = 30.0  # between the end of its connection and its own: an interpreter that is leaving
 MOST_LOSSES = 3  # of the process in a row before the run ends
 _CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[3]); "
@@ -176,10 +177,13 @@ class ProcessEngine:
         try:
             self._child.connection.send(self._modules)
             answer = self._child.ask(start, SECONDS_TO_START)
+            assert answer == "ready", answer
         except (_LostError, OSError) as error:
             self.close()
             raise EngineProcessError(f"the sampling process does not start: it {error}; see above") from error
-        assert answer == "ready", answer
+        except BaseException:  # an interrupt, say: nobody holds this engine yet, so nobody else closes it
+            self.close()
+            raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +210,7 @@ class _Child:
 
     def _end(self) -> str:
         try:
-            code = self.process.wait(timeout=5)
+            code = self.process.wait(timeout=SECONDS_TO_END)
         except subprocess.TimeoutExpired:
             return "closed its connection"
         return f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"

@@ -62,6 +62,7 @@ def measured(base: Base, folder: Path, k: int) -> tuple[float, float, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_depth_1_hides_most_of_the_shorter_phase(tmp_path: Path, one_thread: None) -> None:
     base = made(tmp_path)
     best: tuple[float, ...] = ()
