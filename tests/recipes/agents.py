@@ -19,7 +19,7 @@ TEMPLATE = (
 
 
 def make_agent_base(folder: Path) -> tuple[Path, Path]:
-    """A random model whose vocabulary has digits and two whole calls (other characters are padding); and a file of prompts."""
+    """A random model whose vocabulary has digits and two whole calls, all else is padding; and a file of prompts."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

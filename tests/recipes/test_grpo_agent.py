@@ -51,7 +51,7 @@ def test_episodes_are_trained_logged_and_shown(agent: tuple[Path, Path], tmp_pat
     assert first["episodes/environment_error_rate"] == 0
     assert 0 <= first["rewards/Buttons/mean"] <= 1
     samples = [sample for _, sample in read_completions(tmp_path / "completions.jsonl")]
-    with_tool = next(each for each in samples if any("1" == message["content"] for message in each.completion))
+    with_tool = next(each for each in samples if any(message["content"] == "1" for message in each.completion))
     assert [message["role"] for message in with_tool.completion][:2] == ["assistant", "tool"]
     assert "-> press()\n[tool] " in shown_text(with_tool.completion)
     assert with_tool.rewards["Buttons"] == 1.0
@@ -105,5 +105,5 @@ def test_data_without_a_column_that_reset_needs_is_refused(agent: tuple[Path, Pa
 def test_plain_prompts_cannot_show_tools(agent: tuple[Path, Path], tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "1", "start": 1}\n')
-    with pytest.raises(ValueError, match="set data.apply_chat_template"):
+    with pytest.raises(ValueError, match=r"set data\.apply_chat_template"):
         grpo.run(config(agent, tmp_path / "run", train_dataset=str(rows)))

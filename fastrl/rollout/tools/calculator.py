@@ -67,7 +67,7 @@ def _value(node: ast.expr, depth: int) -> Number:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) == 1 and not node.keywords:
         value = _value(node.args[0], depth + 1)
         if node.func.id == "abs":
-            return abs(value)
+            return value if value >= 0 else -value
         if node.func.id in _FUNCTIONS:
             return _bounded(_FUNCTIONS[node.func.id](float(value)))
     return _refused(f"{ast.unparse(node)!r:.80}")
