@@ -1,0 +1,62 @@
+"""The replayed training step: its contenders agree, a wrong one is caught, and the records hold what the table needs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import training_step
+from bench.training_step import CPU_CASES, CPU_CHUNK, Case, measured, replayed, workload
+from fastrl.ops import head
+from fastrl.plan.lengths import Lengths
+from fastrl.plan.shape import ModelShape
+
+TINY = ModelShape(hidden=16, layers=1, heads=2, kv_heads=1, head_dim=8, intermediate=32, vocab=50, tied=True)
+CASE = Case(TINY, 4, 4, Lengths(prompt=3, median=6, longest=20), 0.5, 64)
+
+
+def test_contenders_take_the_same_step_and_are_all_timed() -> None:
+    records = list(measured(CASE, device="cpu", repeats=2))
+    assert [record["contender"] for record in records] == [
+        *("fastrl", "no packing", "eager head", "no skipping", "none of the three")
+    ]
+    for record in records:
+        assert 0 < record["ms_p10"] <= record["ms"] <= record["ms_p90"]
+        assert record["tokens_per_second"] > 0
+        assert record["peak_gib"] > 0
+    assert records[0]["predicted_ms"] > 0
+    assert "predicted_ms" not in records[1]
+
+
+def test_a_contender_with_another_loss_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = training_step.contenders
+
+    def tampered(*arguments: object) -> object:
+        steps = real(*arguments)  # type: ignore[arg-type]
+        return {**steps, "wrong": lambda: {"loss": 9.0, "grad_norm": 1.0}}
+
+    monkeypatch.setattr(training_step, "contenders", tampered)
+    with pytest.raises(RuntimeError, match="wrong has loss"):
+        list(measured(CASE, device="cpu", repeats=1))
+
+
+def test_half_of_the_groups_have_no_signal_and_the_cost_model_knows() -> None:
+    replay = replayed(CASE)
+    silent = torch.tensor([replay.advantage[replay.group == g].abs().sum() == 0 for g in range(4)])
+    assert silent.tolist() == [True, True, False, False]
+    assert workload(CASE).trained == 8
+    assert replayed(CASE).rollouts == replay.rollouts
+
+
+def test_lengths_of_a_replay_are_those_of_the_distribution() -> None:
+    case = replace(CASE, prompts=64, generations=8)
+    lengths = [len(each.completion_ids) for each in replayed(case).rollouts]
+    assert sum(lengths) / len(lengths) == pytest.approx(case.lengths.mean(), rel=0.03)
+    assert max(lengths) == case.lengths.longest
+
+
+def test_the_chunk_of_the_prediction_is_the_chunk_of_the_ops() -> None:
+    assert CPU_CHUNK == head.CPU_CHUNK_BYTES
+    assert all(case.lengths.prompt + case.lengths.longest <= case.micro_tokens for case in CPU_CASES.values())
