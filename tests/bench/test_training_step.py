@@ -1,4 +1,4 @@
-"""The replayed training step: its contenders agree, a wrong one is caught, and the records hold what the table needs."""
+"""The replayed training step: contenders agree, a wrong one is caught, records hold what the table needs."""
 
 from __future__ import annotations
 
