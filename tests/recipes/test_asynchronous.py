@@ -52,7 +52,10 @@ def versions_loaded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize(
     ("k", "loaded", "ages"),
-    [(1, [0, 0, 1, 2, 3, 4], [0, 1, 1, 1, 1, 1]), (2, [0, 0, 0, 1, 2, 3], [0, 1, 2, 2, 2, 2])],
+    [
+        (1, [0, 0, 1, 2, 3, 4], [0, 1, 1, 1, 1, 1]),
+        pytest.param(2, [0, 0, 0, 1, 2, 3], [0, 1, 2, 2, 2, 2], marks=pytest.mark.slow),
+    ],
 )
 def test_round_r_is_sampled_by_the_weights_after_round_r_minus_k_minus_1(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k: int, loaded: list[int], ages: list[int]
@@ -167,6 +170,7 @@ def test_in_segments_tokens_are_of_several_versions_and_their_logprobs_are_those
             assert len(versions) == len(rollout.completion_ids) == len(rollout.logprob)
 
 
+@pytest.mark.slow  # tests/train/test_stream.py has the same without processes
 def test_a_run_in_segments_goes_on_after_a_power_cut_and_trains_nothing_twice(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +196,7 @@ def test_a_run_in_segments_goes_on_after_a_power_cut_and_trains_nothing_twice(
     assert set(ordinals) <= set(range(19))
 
 
+@pytest.mark.slow
 def test_adapters_are_sampled_ahead(base: Base, tmp_path: Path) -> None:
     lines = run_grpo(base, tmp_path / "run", rollout=staleness(1), use_peft=True, **AHEAD)
     assert column(lines, "sampling/importance_ratio/max")[0] == pytest.approx(1, abs=1e-3)

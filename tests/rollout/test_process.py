@@ -24,7 +24,6 @@ from tests.rollout.contract import (
     Check,
     assert_fresh_forward_agrees,
     completions_in_segments_are_those_in_one_piece,
-    same_seeds_reproduce_and_other_seeds_differ,
     segments_are_reproduced_and_end_where_they_should,
     some_prompts,
 )
@@ -69,7 +68,7 @@ def check_all(checks: Sequence[Check], engines: list[ProcessEngine]) -> None:
 def test_the_engine_in_a_process_samples_continues_and_refuses_as_the_contract_says(
     engines: list[ProcessEngine],
 ) -> None:
-    check_all([same_seeds_reproduce_and_other_seeds_differ, segments_are_reproduced_and_end_where_they_should], engines)
+    check_all([segments_are_reproduced_and_end_where_they_should], engines)
 
 
 @pytest.mark.slow  # each check starts processes, which import torch
@@ -130,6 +129,7 @@ def test_a_hung_child_is_ended_at_the_deadline(engines: list[ProcessEngine], cap
     assert engine.generate([[5, 6]], SAMPLING, seeds=[0])[0].finish_reason == "length"
 
 
+@pytest.mark.slow  # starts three
 def test_a_child_lost_three_times_in_a_row_is_a_named_error(engines: list[ProcessEngine]) -> None:
     engine = ProcessEngine(qwen3(), tiny_tokenizer())
     engines.append(engine)
