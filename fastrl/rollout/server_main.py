@@ -29,7 +29,6 @@ OPTIONS = (
     *("--weight-transfer-config", '{"backend": "fastrl_files"}'),
     *("--logprobs-mode", "processed_logprobs"),  # of the distribution that a token was drawn from
     *("--generation-config", "vllm"),  # no defaults that a request does not name
-    *("--host", "127.0.0.1"),
 )
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # the routes that update weights
@@ -41,7 +40,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Serve until killed; later arguments win over ours.
+    """Serve until killed; `arguments` are those of `vllm serve`, and win over ours.
 
     Raises:
         SystemExit: no key.
@@ -50,7 +49,9 @@ def main(arguments: Sequence[str]) -> None:
     given = list(arguments[1:] if with_trainer else arguments)
     if not os.environ.get(API_KEY_VARIABLE):
         raise SystemExit(f"set {API_KEY_VARIABLE} to a random secret, and give the trainer the same one")
-    host = given[len(given) - given[::-1].index("--host")] if "--host" in given[:-1] else "127.0.0.1"
+    if "--host" not in given:
+        given += ["--host", "127.0.0.1"]
+    host = given[len(given) - given[::-1].index("--host")] if given[-1] != "--host" else ""
     if not is_loopback(host):
         print(
             f"WARNING: listening on {host}: whoever has the key can sample, read prompts and change the weights, "

@@ -1,6 +1,6 @@
 """Real vLLM servers over HTTP: the contract, weights and adapters, the guard, what is killed and what hangs.
 
-One server serves most tests: it takes 20 seconds to start on two idle cores.
+One server serves most tests.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from tests.rollout import contract
 from tests.rollout.tiny import CONTEXT, tiny_tokenizer
 from tests.vllm.models import qwen3
 
-pytestmark = pytest.mark.vllm
+# A start takes 20 seconds on two idle cores, and ten times that on busy ones.
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 OPTIONS = ("--dtype", "float32", "--max-model-len", str(CONTEXT), "--kv-cache-memory-bytes", str(2**27))
 TO_THE_LAST_BIT = (
     contract.same_seeds_reproduce_and_other_seeds_differ,
