@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # Writes an adapter in peft's layout into a folder that does not exist yet.
@@ -33,9 +34,16 @@ def start_without_packing() -> None:
 def named_weights(model: Any) -> dict[str, Tensor]:
     """The model's tensors under the names of its files, which is what vLLM's loaders know.
 
-    transformers 5 fuses some layers (experts) in memory; its own `save_pretrained` undoes that, and so does this.
+    transformers 5 fuses some layers (experts) in memory; its own `save_pretrained` undoes that, and so does this. A tied
+    head is the embedding under a second name, which files do not have and some loaders refuse.
     """
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.numel() and (tensor.data_ptr(), tensor.shape) in seen:
+            continue
+        seen.add((tensor.data_ptr(), tensor.shape))
+        state[name] = tensor.detach()
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # transformers 4 has one set of names

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrl.rollout.vllm_engine import VLLMEngine
 from fastrl.rollout.vllm_start import Settings
 from tests.rollout import contract
-from tests.vllm.models import qwen3
+from tests.vllm.models import MODELS, qwen3
 
 pytestmark = pytest.mark.vllm
 
@@ -50,3 +50,11 @@ def test_vllm_meets_the_contract(
     assert every.top_p < 1.0
     monkeypatch.setitem(contract.SAMPLINGS, "all", replace(every, min_p=0.0))
     check(make_engine, qwen3)
+
+
+@pytest.mark.parametrize("make_model", MODELS[1:], ids=lambda f: f.__name__)
+def test_other_architectures_sample_and_are_updated(
+    make_model: contract.MakeModel, make_engine: contract.MakeEngine
+) -> None:
+    """Untied heads, absolute positions, windows, soft caps: log-probabilities before and after an update."""
+    contract.rollouts_carry_the_version_of_their_weights(make_engine, make_model)
