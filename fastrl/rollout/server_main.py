@@ -19,6 +19,7 @@ import select
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from fastrl.rollout.server_guard import API_KEY_VARIABLE, is_loopback
 
@@ -81,20 +82,22 @@ def _watch(child: int, *, with_trainer: bool) -> None:
         if select.select([0] if with_trainer else [], [], [], SECONDS_BETWEEN_LOOKS)[0] and not os.read(0, 4096):
             break
         ended, status = os.waitpid(child, os.WNOHANG)
-    if ended and os.WIFEXITED(status) and not _group_lives():
+    if ended and os.WIFEXITED(status) and not group_lives(os.getpgid(0), but=os.getpid()):
         os._exit(os.WEXITSTATUS(status))
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
-def _group_lives() -> bool:
-    """Whether the group holds another process than this one; known on Linux alone."""
-    group = os.getpgid(0)
+def group_lives(group: int, *, but: int = 0) -> bool:
+    """Whether a process group holds a process that is more than a zombie; known on Linux alone.
+
+    Args:
+        but: a process that does not count.
+    """
     for name in filter(str.isdigit, os.listdir("/proc") if sys.platform == "linux" else []):
-        try:
-            if int(name) != os.getpid() and os.getpgid(int(name)) == group:
+        with suppress(OSError), open(f"/proc/{name}/stat") as file:  # it may end while it is looked at
+            state, _, found = file.read().rpartition(")")[2].split()[:3]
+            if int(found) == group and state != "Z" and int(name) != but:
                 return True
-        except ProcessLookupError:
-            continue
     return False
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import fastrl
 from fastrl.rollout.server_guard import API_KEY_VARIABLE, is_loopback
 from fastrl.rollout.server_http import Client, ServerError, ServerLostError
-from fastrl.rollout.server_main import WITH_TRAINER
+from fastrl.rollout.server_main import WITH_TRAINER, group_lives
 
 LOOPBACK = "127.0.0.1"
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -192,4 +192,8 @@ def _kill(process: subprocess.Popen[bytes], imports: str) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):
         process.wait(SECONDS_TO_DIE)
+    # A process that holds gigabytes takes a while to end, and the next server needs them.
+    deadline = time.monotonic() + SECONDS_TO_DIE
+    while group_lives(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
     shutil.rmtree(imports, ignore_errors=True)
