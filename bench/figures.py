@@ -125,7 +125,7 @@ def caption(found: Sequence[Comparison]) -> str:
     won = sum(each.ratio >= 1 for each in found)
     return (
         f"{', '.join(devices)}; medians in milliseconds, memory in MiB above the inputs; commits "
-        f"{', '.join(commits)}. fastrl is the faster one in {won} of {len(found)} rows; each number links to its record."
+        f"{', '.join(commits)}. fastrl is faster in {won} of {len(found)} rows; each number links to its record."
     )
 
 

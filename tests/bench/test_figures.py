@@ -62,7 +62,7 @@ def test_pages_are_rewritten_between_the_markers_alone(root: Path) -> None:
     found = outputs(root)
     page = found[root / "docs/benchmarks.md"]
     assert page.startswith("before\n<!-- results:cpu -->\nA processor; medians")
-    assert "faster one in 1 of 2 rows" in page
+    assert "faster in 1 of 2 rows" in page
     assert "<!-- results:cuda -->\nNot measured.\n<!-- /results:cuda -->\nafter\n" in page
     assert "old" not in page
     assert "(../bench/results/" in page
