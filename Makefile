@@ -44,7 +44,7 @@ test-gpu: install
 	$(BIN)/python -m pytest -m gpu
 
 # Real vLLM, in an environment of its own: it pins a torch, and is never a dependency. A machine without an NVIDIA GPU
-# takes a build of it for CPUs. Eight minutes on two cores with an empty cache, two of them the installation.
+# takes a build of it for CPUs. The installation takes two minutes of processor time.
 test-vllm: $(VLLM_VENV)/.installed
 	$(THREADS) $(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm -n 2 --dist worksteal
 

@@ -34,8 +34,8 @@ def start_without_packing() -> None:
 def named_weights(model: Any) -> dict[str, Tensor]:
     """The model's tensors under the names of its files, which is what vLLM's loaders know.
 
-    transformers 5 fuses some layers (experts) in memory; its own `save_pretrained` undoes that, and so does this. A tied
-    head is the embedding under a second name, which files do not have and some loaders refuse.
+    transformers 5 fuses some layers (experts) in memory; its own `save_pretrained` undoes that, and so does this. A
+    tied head is the embedding under a second name, which files do not have and some loaders refuse.
     """
     state: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
