@@ -79,8 +79,6 @@ def triton_grpo_loss(
     """
     if beta != 0 and ref_logp is None:
         raise ValueError("beta is not 0: pass ref_logp [B, L], the reference's log-probabilities, or set beta=0")
-    if delta is not None and loss_type in ("cispo", "sapo", "vespo"):
-        raise ValueError(f"delta (two-sided clipping) is not supported for loss_type='{loss_type}'.")
     objective = Objective(
         loss_type,
         importance_sampling_level,

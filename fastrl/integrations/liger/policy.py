@@ -63,6 +63,8 @@ class Objective:
             )
         if self.loss_type == "sapo" and min(self.sapo_temperature) <= 0:
             raise ValueError(f"sapo_temperature_pos and _neg must be positive, got {self.sapo_temperature}")
+        if self.delta is not None and self.loss_type in ("cispo", "sapo", "vespo"):
+            raise ValueError(f"delta (two-sided clipping) is not supported for loss_type='{self.loss_type}'.")
         if self.delta is not None and self.delta <= 0:
             raise ValueError(f"delta must be positive, got {self.delta}")
 
