@@ -197,6 +197,8 @@ class ServerEngine:
         begun = [()] * len(ids) if prefixes is None else [tuple(int(token) for token in prefix) for prefix in prefixes]
         lengths = [len(prompt) for prompt in ids], [len(prefix) for prefix in begun]
         limits = limits_of(*lengths, sampling, self._needs.context)
+        fed = [prompt + prefix for prompt, prefix in zip(ids, begun, strict=True)]
+        check_prompts(fed, self._vocab_size, self._needs.context)
         return [Request(*each) for each in zip(ids, begun, limits, seeds, strict=True)]
 
     def _round(

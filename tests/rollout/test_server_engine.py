@@ -265,6 +265,14 @@ def test_a_stop_string_across_the_border_of_a_prefix_is_found(servers: Any, open
     assert len(free.completion_ids) == 4
 
 
+def test_a_prefix_of_another_vocabulary_is_refused_before_anything_is_sent(servers: Any, opened: Any) -> None:
+    server = servers()
+    engine = opened(server)
+    with pytest.raises(ValueError, match=f"holds token {V}"):
+        engine.generate([[5, 6]], SAMPLING, seeds=[0], prefixes=[[V]])
+    assert server.state.prompts == []
+
+
 def test_a_request_that_is_refused_stops_the_run_at_once(servers: Any, opened: Any) -> None:
     server = servers()
     engine = opened(server)
