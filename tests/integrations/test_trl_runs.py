@@ -15,7 +15,7 @@ from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer
 from fastrl.integrations.trl import FastDPOTrainer, FastGRPOTrainer, active, patched, unpatch
 from tests.integrations.trl_runs import largest_differences, run, trainer
 
-pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.slow]
+pytestmark = pytest.mark.filterwarnings("default")
 BOUND = {"loss": 1e-5, "metrics": 1e-4, "weights": 1e-5}
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 EVERY = (SFTTrainer, DPOTrainer, KTOTrainer, GRPOTrainer, RLOOTrainer)
@@ -57,7 +57,6 @@ CASES = [
     for name, settings in (ANY | SPECIAL[kind]).items()
 ]
 PACKED = {DPOTrainer: FastDPOTrainer, GRPOTrainer: FastGRPOTrainer}
-BY_SEQUENCE = ("luspo", "vespo", "sequence", "entropy quantile", "off-policy")
 
 
 @pytest.fixture(autouse=True)
