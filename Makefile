@@ -11,7 +11,7 @@ THREADS := OMP_NUM_THREADS=1
 TORCH_INDEX ?=
 CPU_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: install demo test check test-slow test-gpu test-vllm kernels-audit parity-vectors bench bench-cpu example-gsm8k examples clean
+.PHONY: install demo test check test-slow test-gpu test-hosts test-vllm kernels-audit parity-vectors bench bench-cpu example-gsm8k examples clean
 
 install: $(VENV)/.installed
 
@@ -61,6 +61,10 @@ $(VLLM_VENV)/.installed: pyproject.toml setup.py
 	  'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'hypothesis>=6.100'; \
 	$$pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
+
+# A host's own tests with our names: make test-hosts HOST=liger CHECKOUT=path/to/Liger-Kernel (docs/integrations).
+test-hosts: install
+	$(BIN)/python tests/hosts/run.py $(HOST) $(if $(CHECKOUT),--checkout $(CHECKOUT))
 
 # Cross-compiles every kernel for every chip; needs no GPU. Four minutes cold, cached afterwards.
 kernels-audit: install
