@@ -1,9 +1,10 @@
 """One command for a GPU machine without network: tests, checks, benchmarks and tile timings, within a time budget.
 
-    python bench/gpu_session.py --out DIR [--minutes 8] [--dry-run]
+    python bench/gpu_session.py --out DIR [--minutes 8] [--wheels FOLDER] [--dry-run]
 
-Nothing but torch and triton is needed, and nothing is installed. Each stage has a share of the time that is left, and
-what it does not use goes to the next. Work is done in child processes, one record per line as soon as it is
+Nothing but torch, triton and transformers is needed, and nothing is installed into the machine's Python; --wheels
+unpacks the contenders that bench/offline.py packed, for this run alone. Each stage has a share of the time that is
+left, and what it does not use goes to the next. Work is done in child processes, one record per line as soon as it is
 known; a child that crashes, hangs or breaks the device is replaced and goes on with the next item. DIR then holds:
 
     log.txt       everything that was printed          session.json  the stages, their ends, device and versions
@@ -36,6 +37,7 @@ FIRST = (
     ("linear_token_loss", "qwen3-8b"),
     ("linear_token_loss_masked", "qwen3-8b"),
     ("linear_token_loss", "qwen3-0.6b"),
+    ("training_step", "qwen3-0.6b, 16k tokens"),
     ("linear_logprob", "qwen3-8b"),
     ("linear_cross_entropy", "qwen3-8b"),
     ("linear_token_loss_peaked", "qwen3-8b"),
@@ -47,6 +49,7 @@ FIRST = (
     ("gae", "16 x 8192"),
 )
 DRY_ROWS = ("group_advantage", "token_objective")
+DRY_CASE = "D=256, 4 layers, V=512"
 
 
 def main() -> int:
@@ -58,23 +61,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--wheels", type=Path, help="folder of pieces made by `python bench/offline.py pack`")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
+    from bench.offline import unpack
+
     options.out.mkdir(parents=True, exist_ok=True)
     if options.child:
         child(options.child, options.skip, options.out, dry=options.dry_run)
         return 0
-    return session(options.out, 60 * options.minutes, dry=options.dry_run)
+    started = time.monotonic()
+    site = unpack(options.wheels, options.out.parent / "contenders") if options.wheels else None
+    seconds = 60 * options.minutes - (time.monotonic() - started)
+    return session(options.out, seconds, dry=options.dry_run, site=site)
 
 
-def session(out: Path, seconds: float, *, dry: bool) -> int:
-    """All stages, in time; session.json is rewritten after each."""
+def session(out: Path, seconds: float, *, dry: bool, site: Path | None = None) -> int:
+    """All stages, in time; session.json is rewritten after each.
+
+    Args:
+        site: folder of the contenders' packages; the machine's own come first.
+    """
     stop = time.monotonic() + seconds - RESERVE
     environment = {**os.environ, "TRITON_INTERPRET": "1" if dry else "0", "PYTHONUNBUFFERED": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = [str(ROOT), os.environ.get("PYTHONPATH"), None if site is None else str(site)]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     summary: dict[str, Any] = {"dry_run": dry, "minutes": seconds / 60, "stages": {}}
     for name in ("check", "bench", "tune"):
         (out / f"{name}.jsonl").write_text("")
@@ -172,11 +186,13 @@ def _work(stage: str, device: str) -> Iterator[tuple[str, Iterator[dict[str, Any
 
 def _ordered(device: str) -> list[tuple[str, str]]:
     from bench.registry import all_rows
+    from bench.training_step import GPU_CASES
 
     rows = all_rows()
     if device == "cpu":
-        return [(name, next(iter(rows[name].quick_shapes))) for name in DRY_ROWS]
-    known = [(name, label) for name, row in rows.items() for label in row.shapes]
+        return [(name, next(iter(rows[name].quick_shapes))) for name in DRY_ROWS] + [("training_step", DRY_CASE)]
+    known = [("training_step", label) for label in GPU_CASES]
+    known += [(name, label) for name, row in rows.items() for label in row.shapes]
     return [pair for pair in FIRST if pair in known] + [pair for pair in known if pair not in FIRST]
 
 
@@ -186,6 +202,14 @@ def _measured(name: str, label: str, device: str) -> Iterator[dict[str, Any]]:
     from bench.__main__ import measured, provenance
     from bench.registry import all_rows
 
+    if name == "training_step":
+        from bench import training_step
+
+        case = (training_step.CPU_CASES if device == "cpu" else training_step.GPU_CASES)[label]
+        place = {"row": name, "shape": {"name": label, "sizes": training_step.sizes(case)}}
+        for record in training_step.measured(case, device=device, repeats=1 if device == "cpu" else 5):
+            yield {**place, **record, **provenance(device, quick=True)}
+        return
     row = all_rows()[name]
     shape = (row.quick_shapes if device == "cpu" else row.shapes)[label]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -126,7 +126,7 @@ def main() -> None:
             print(f"\n{name}", flush=True)
             for record in measured(cases[name], device=device, repeats=3 if options.quick else 9):
                 print(_line(record), flush=True)
-                shape = {"name": name, "sizes": _sizes(cases[name])}
+                shape = {"name": name, "sizes": sizes(cases[name])}
                 file.write(json.dumps({"row": "training_step", "shape": shape, **record, **origin}) + "\n")
                 file.flush()
 
@@ -333,7 +333,8 @@ def _peak_gib(step: Callable[[], dict[str, float]], optimizer: MasterAdamW, devi
     return float(meter.peak_bytes) / 2**30
 
 
-def _sizes(case: Case) -> dict[str, float]:
+def sizes(case: Case) -> dict[str, float]:
+    """The case's numbers, for its records."""
     shape = {name: getattr(case.shape, name) for name in ("hidden", "layers", "intermediate", "vocab")}
     step = {name: getattr(case, name) for name in ("prompts", "generations", "without_signal", "micro_tokens")}
     return {

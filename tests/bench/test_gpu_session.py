@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bench import gpu_session
+from bench import gpu_session, training_step
 from bench.tune import best, timed
 
 CHILD = """
@@ -114,14 +114,23 @@ def test_the_telling_rows_come_first_and_each_row_once(monkeypatch):
     monkeypatch.setattr(gpu_session, "FIRST", (("b", "small"), ("gone", "small")))
     rows = {name: SimpleNamespace(shapes={"large": (2,), "small": (1,)}) for name in ("a", "b")}
     monkeypatch.setattr("bench.registry.all_rows", lambda: rows)
-    assert gpu_session._ordered("cuda") == [("b", "small"), ("a", "large"), ("a", "small"), ("b", "large")]
+    monkeypatch.setattr("bench.training_step.GPU_CASES", {"0.6b": None})
+    others = [("training_step", "0.6b"), ("a", "large"), ("a", "small"), ("b", "large")]
+    assert gpu_session._ordered("cuda") == [("b", "small"), *others]
 
 
 def test_the_telling_rows_exist():
     sources = "".join(path.read_text() for path in Path(gpu_session.__file__).parent.glob("*.py"))
     for name, shape in (*gpu_session.FIRST, *((name, "") for name in gpu_session.DRY_ROWS)):
-        assert f'name="{name}"' in sources
+        assert f'name="{name}"' in sources or name == "training_step"
         assert f'"{shape}' in sources  # shapes of several rows are listed once
+
+
+def test_training_steps_of_the_session_exist():
+    cases = [label for name, label in gpu_session.FIRST if name == "training_step"]
+    assert cases
+    assert set(cases) <= set(training_step.GPU_CASES)
+    assert gpu_session.DRY_CASE in training_step.CPU_CASES
 
 
 def test_a_finding_of_any_stage_is_the_session_s(tmp_path, monkeypatch):
