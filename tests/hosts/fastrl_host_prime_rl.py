@@ -37,9 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
     models = StandIn("prime_rl.trainer.models")
     models.__path__ = [str(Path(place) / "models") for place in package.submodule_search_locations]
     sys.modules[models.__name__] = models
-    for name in ("prime_rl.configs", "prime_rl.configs.trainer", "prime_rl.trainer.models.llama", "wandb"):
-        if name != "wandb" or find_spec(name) is None:
-            sys.modules[name] = StandIn(name)
+    for name in ("prime_rl.configs", "prime_rl.configs.trainer", "prime_rl.trainer.models.llama"):
+        sys.modules[name] = StandIn(name)
     head = importlib.import_module("prime_rl.trainer.models.layers.lm_head")
     models.cast_float_and_contiguous = head.cast_float_and_contiguous  # type: ignore[attr-defined]
     head.FusedOutputLinear = FusedOutputLinear

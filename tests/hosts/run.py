@@ -59,7 +59,7 @@ HOSTS = {
         ("tests/integrations/test_trl.py", "tests/integrations/test_trl_runs.py"),
     ),
     "prime_rl": Host(
-        ("transformers>=4.57,<6", "loguru", "jaxtyping", "beartype", "pydantic"),
+        ("transformers>=4.57,<6", "loguru", "jaxtyping", "beartype", "setproctitle", "psutil", "wandb"),
         ("tests/unit/train/rl/test_fused_lm_head.py",),
         ("tests/integrations/test_prime_rl.py",),
         source="src",
