@@ -1,8 +1,9 @@
 """Tables and figures from what was measured: `python -m bench.figures [--check]` rewrites every one of them.
 
-Reads the JSON lines of bench/results/ and writes between the `<!-- results:KIND -->` markers of README.md and
-docs/benchmarks.md, and docs/results_KIND.svg, for KIND cpu and cuda. A number links to the line it comes from. For each
-row and shape, what fastrl runs by default stands against the fastest other contender; rows that lose are there too.
+Reads the JSON lines of bench/results/ and writes between the `<!-- results:KIND -->` markers of README.md,
+docs/benchmarks.md and docs/plan.md, docs/results_KIND.svg for KIND cpu and cuda, and docs/curves.svg. A number links to
+the line it comes from. For each row and shape, what fastrl runs by default stands against the fastest other contender;
+rows that lose are there too. KIND prediction is the cost model beside the measurement, KIND curves the fitted slopes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "bench/results"
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/plan.md")
 README_ROWS = ("linear_token_loss", "linear_logprob", "linear_cross_entropy", "training_step", "grpo_step", "trl_step")
 KINDS = {"cpu": "A CPU", "cuda": "A GPU"}
 # What the ops choose by themselves, best first, and what other programs call their own side. The rest is a rival, but
@@ -157,6 +158,65 @@ def figure(found: Sequence[Comparison], title: str) -> str:
     return "\n".join([*parts, axis, "</svg>", ""])
 
 
+def predictions(records: Iterable[Record], *, prefix: str) -> str:
+    """The cost model's step time and the measured one, for every record that has both."""
+    lines = ["| machine | step | predicted ms | measured ms | measured / predicted |", "|" + " --- |" * 5]
+    for record in records:
+        predicted = record.values.get("predicted_ms")
+        if predicted is not None:
+            ratio = float(record.values["ms"]) / float(predicted)
+            measured = f"[{_ms(record)}]({prefix}{record.link})"
+            shape = record.values["shape"]["name"]
+            lines.append(f"| {record.values['device']} | {shape} | {predicted:.0f} | {measured} | {ratio:.2f} |")
+    return "\n".join(lines) if len(lines) > 2 else "Not measured."
+
+
+def slopes(records: Iterable[Record], *, prefix: str) -> str:
+    """Fitted exponents of the curves."""
+    lines = ["| size that grows | | from | to | time grows as | memory grows as |", "|" + " --- |" * 6]
+    for record in records:
+        if record.values["row"] == "curve":
+            values = record.values
+            ends = f"{values['sizes'][0]:.0f} | {values['sizes'][-1]:.0f}"
+            time_ = f"[size^{values['slope']:.2f}]({prefix}{record.link})"
+            name = f"{values['axis']} | {values['contender']}"
+            lines.append(f"| {name} | {ends} | {time_} | size^{values['memory_slope']:.2f} |")
+    return "\n".join(lines) if len(lines) > 2 else "Not measured."
+
+
+def curves(records: Iterable[Record]) -> str:
+    """Time over size, both logarithmic, one small panel for each axis; eager dashed."""
+    panels: dict[str, list[Record]] = {}
+    for record in records:
+        if record.values["row"] == "curve":
+            panels.setdefault(record.values["axis"], []).append(record)
+    side, gap = 130, 22
+    width = gap + (side + gap) * len(panels)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {side + 70}" font-family="sans-serif" '
+        f'font-size="10"><rect width="{width}" height="{side + 70}" fill="white"/>'
+    ]
+    for place, (axis, found) in enumerate(panels.items()):
+        left, top = gap + place * (side + gap), 30
+        sizes = [size for each in found for size in each.values["sizes"]]
+        times = [ms for each in found for ms in each.values["times_ms"]]
+        parts.append(f'<rect x="{left}" y="{top}" width="{side}" height="{side}" fill="none" stroke="#aaa"/>')
+        parts.append(f'<text x="{left}" y="{top - 8}" font-size="12">{_escaped(axis)}</text>')
+        ends = f"{min(sizes):.0f} to {max(sizes):.0f}: {min(times):.1f} to {max(times):.1f} ms"
+        parts.append(f'<text x="{left}" y="{top + side + 14}">{ends}</text>')
+        for each in found:
+            points = " ".join(
+                f"{left + side * _share(size, sizes):.1f},{top + side * (1 - _share(ms, times)):.1f}"
+                for size, ms in zip(each.values["sizes"], each.values["times_ms"], strict=True)
+            )
+            is_ours = each.values["contender"] == "fastrl"
+            style = 'stroke="#1b7f79"' if is_ours else 'stroke="#b3541e" stroke-dasharray="4 3"'
+            parts.append(f'<polyline points="{points}" fill="none" stroke-width="2" {style}/>')
+            label = f"{each.values['contender']}: size^{each.values['slope']:.2f}"
+            parts.append(f'<text x="{left}" y="{top + side + (26 if is_ours else 38)}">{label}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
 def rewritten(page: str, kind: str, block: str) -> str:
     """The page with the block between its markers; a page without markers stays as it is."""
     pattern = re.compile(rf"(<!-- results:{kind} -->\n).*?(<!-- /results:{kind} -->)", re.DOTALL)
@@ -179,6 +239,12 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
             pages[path] = rewritten(text, kind, block)
         if found:
             files[root / f"docs/results_{kind}.svg"] = figure(found, f"{machine}: times faster than the fastest other")
+    for path, text in pages.items():
+        prefix = "" if path.parent == root else "../"
+        with_predictions = rewritten(text, "prediction", predictions(records, prefix=prefix))
+        pages[path] = rewritten(with_predictions, "curves", slopes(records, prefix=prefix))
+    if any(record.values["row"] == "curve" for record in records):
+        files[root / "docs/curves.svg"] = curves(records)
     return {**pages, **files}
 
 
@@ -212,6 +278,12 @@ def _mib(record: Record) -> str:
     else:
         return "-"
     return f"{size:.1f}" if size < 100 else f"{size:.0f}"
+
+
+def _share(value: float, of: Sequence[float]) -> float:
+    """Place between the least and the largest on a logarithmic axis, in [0, 1]."""
+    low, high = log10(min(of)), log10(max(of))
+    return (log10(value) - low) / (high - low) if high > low else 0.5
 
 
 def _short(name: str) -> str:

@@ -45,6 +45,7 @@ def root(tmp_path: Path) -> Path:
     page = f"before\n{blocks}after\n"
     (tmp_path / "README.md").write_text(page)
     (tmp_path / "docs" / "benchmarks.md").write_text(page)
+    (tmp_path / "docs" / "plan.md").write_text(page)
     return tmp_path
 
 
@@ -74,6 +75,24 @@ def test_the_figure_is_well_formed_and_has_a_bar_for_each_comparison(root: Path)
     drawn = figure(comparisons(read(root), "cpu"), "a < b")
     bars = ElementTree.fromstring(drawn).findall("{http://www.w3.org/2000/svg}rect")
     assert len(bars) == 1 + 2  # the background
+
+
+def test_predictions_and_curves_get_their_own_tables(root: Path) -> None:
+    curve = {"axis": "rows", "contender": "fastrl", "sizes": [1.0, 2.0], "times_ms": [3.0, 6.0], "slope": 1.0}
+    lines = [
+        record("fastrl", 110.0, row="training_step", predicted_ms=100.0),
+        {"row": "curve", **curve, "memory_slope": 0.25, **ORIGIN},
+    ]
+    folder = root / "bench" / "results"
+    (folder / "more.cpu.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kinds = "".join(f"<!-- results:{kind} -->\n<!-- /results:{kind} -->\n" for kind in ("prediction", "curves"))
+    (root / "docs" / "plan.md").write_text(kinds)
+    found = outputs(root)
+    page = found[root / "docs" / "plan.md"]
+    assert "| small | 100 | [110](../bench/results/more.cpu.jsonl#L1) | 1.10 |" in page
+    assert "| rows | fastrl | 1 | 2 | [size^1.00](../bench/results/more.cpu.jsonl#L2) | size^0.25 |" in page
+    drawn = ElementTree.fromstring(found[root / "docs" / "curves.svg"])
+    assert len(drawn.findall("{http://www.w3.org/2000/svg}polyline")) == 1
 
 
 def test_forms_of_ours_are_no_rivals() -> None:
