@@ -80,8 +80,8 @@ def packed_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, is
     weight[torch.arange(len(weight)), first.cpu()] = 0.0  # nothing precedes a first token
     spans = [slice(start, start + n) for start, n in zip(first.tolist(), length.tolist(), strict=True)]
     sequences = [TokenSequence(ids[s, span], weight[s, span]) for s, span in enumerate(spans)]
-    longest = max(len(sequence.ids) for sequence in sequences)
-    budget = sum(len(sequence.ids) for sequence in sequences) if is_one_row else longest
+    positions = [len(sequence.ids) - 1 for sequence in sequences]
+    budget = max(1, sum(positions) if is_one_row else max(positions))
     batches = pack(sequences, token_budget=budget, device=input_ids.device)
     places = []
     for batch in batches:

@@ -23,7 +23,7 @@ GONE = {
     "trl.trainer.utils": ("patch_chunked_lm_head", "forward_masked_logits"),
     "trl.trainer.sft_trainer": ("dft_loss", "_chunked_cross_entropy_loss", "_patch_chunked_ce_lm_head"),
 }
-# Cases that fastrl fails and TRL passes, and why. The 16-bit ones expect TRL's own rounding to 16 bits of the logits, or of
+# Cases that fastrl fails and TRL passes, and why. The 16-bit ones expect TRL's rounding to 16 bits of the logits or of
 # the terms of a sum; fastrl keeps float32, and is two to six times nearer to float64 (tests/integrations/test_trl.py).
 ROUNDED = "expects the rounding of 16-bit intermediate results; fastrl's are float32"
 ABOUT_TRL = {

@@ -17,6 +17,9 @@ from tests.integrations.trl_runs import largest_differences, run, trainer
 
 pytestmark = pytest.mark.filterwarnings("default")
 BOUND = {"loss": 1e-5, "metrics": 1e-4, "weights": 1e-5}
+# Packed attention sums in another order, and AdamW's first steps divide a gradient by its own size, however small:
+# one weight of 7000 differs by 2e-5 where SGD's differ by 1e-7.
+ADAM_BOUND = BOUND | {"weights": 1e-4}
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 EVERY = (SFTTrainer, DPOTrainer, KTOTrainer, GRPOTrainer, RLOOTrainer)
 ANY = {
@@ -46,6 +49,7 @@ SPECIAL = {
         "two iterations, delta": {"num_iterations": 2, "delta": 1.5, "epsilon": 0.01},
         "off-policy mask": {"off_policy_mask_threshold": 0.01, "num_iterations": 2},
         "temperature": {"temperature": 0.7},
+        "temperature, plain SGD": {"temperature": 0.7, "optim": "sgd", "learning_rate": 0.3},
         "head in float32": {"cast_lm_head_to_fp32": True},
         "accumulation, kl": {"beta": 0.1, "gradient_accumulation_steps": 2, "loss_type": "grpo"},
     },
@@ -74,13 +78,10 @@ def asked(settings):
     return settings
 
 
-def bound(settings):
-    """TRL rounds bfloat16 logits, fastrl keeps float32: 8 bits of mantissa apart, and Adam makes more of it."""
-    return {"loss": 3e-2, "metrics": 0.5, "weights": 3e-2} if settings.get("bf16") else BOUND
-
-
-def assert_same(ours, theirs, settings, record_property):
-    found, allowed = largest_differences(ours, theirs), bound(settings)
+def assert_same(ours, theirs, settings, record_property, allowed):
+    if settings.get("bf16"):  # TRL rounds logits to bfloat16, fastrl keeps float32, and Adam makes more of it
+        allowed = {"loss": 3e-2, "metrics": 0.5, "weights": 3e-2}
+    found = largest_differences(ours, theirs)
     for name, value in found.items():
         record_property(name, value)
     assert all(found[name] <= allowed[name] for name in allowed), found
@@ -91,7 +92,7 @@ def test_ten_steps_with_patch(kind, settings, record_property):
     theirs = run(kind, **asked(settings))
     with patched():
         ours = run(kind, **asked(settings))
-    assert_same(ours, theirs, settings, record_property)
+    assert_same(ours, theirs, settings, record_property, BOUND)
 
 
 @pytest.mark.parametrize(("kind", "settings"), [case for case in CASES if case.values[0] in PACKED])
@@ -99,7 +100,7 @@ def test_ten_steps_packed(kind, settings, record_property):
     theirs = run(kind, **asked(settings))
     ours = run(PACKED[kind], **asked(settings))
     assert active() is not None
-    assert_same(ours, theirs, settings, record_property)
+    assert_same(ours, theirs, settings, record_property, BOUND if "optim" in settings else ADAM_BOUND)
 
 
 def test_the_single_pass_is_taken_where_the_loss_is_by_token(tmp_path):
