@@ -47,6 +47,7 @@ CHUNKED = tuple(
     f"test/chunked_loss/test_{name}_loss.py" for name in ("grpo", "dpo", "orpo", "cpo", "simpo", "kto", "jsd")
 )
 LINEAR = ("grpo_loss", "fused_linear_cross_entropy", "fused_linear_scaled_cross_entropy")
+TRL_TRAINERS = ("sft", "dpo", "kto", "grpo", "rloo")
 HOSTS = {
     "liger": Host(
         ("liger-kernel>=0.8.2", "transformers>=4.57,<6"),
@@ -55,8 +56,8 @@ HOSTS = {
     ),
     "trl": Host(
         ("trl>=1.16,<2", "peft>=0.18", "parameterized"),
-        ("tests/test_utils.py", "tests/test_grpo_trainer.py", "tests/test_dpo_trainer.py", "tests/test_sft_trainer.py"),
-        ("tests/integrations/test_trl.py", "tests/integrations/test_trl_runs.py"),
+        tuple(f"tests/test_{name}.py" for name in ("kernels", "utils", *(f"{x}_trainer" for x in TRL_TRAINERS))),
+        tuple(f"tests/integrations/test_trl{part}.py" for part in ("", "_head", "_logits", "_packing", "_runs")),
     ),
     "prime_rl": Host(
         ("transformers>=4.57,<6", "loguru", "jaxtyping", "beartype", "setproctitle", "psutil", "wandb"),
