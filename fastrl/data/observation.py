@@ -23,24 +23,31 @@ Observe = Callable[[Sequence[Message], bool], tuple[int, ...]]
 _MARK = "\ue000"  # private use: it has no meaning that a tool's text could need
 
 
-def observer(tokenizer: PreTrainedTokenizerBase) -> Observe:
-    """Return `observe(tool messages, is_ended) -> ids`, what follows a turn of the model before its next turn.
+def observer(tokenizer: PreTrainedTokenizerBase, *, has_tools: bool = True) -> Observe:
+    """Return `observe(messages, is_ended) -> ids`, what follows a turn of the model before its next turn.
 
-    `is_ended` says whether the turn closed with a control token; one that a stop string ended gets the template's end
-    of turn first.
+    The messages are tools' results, or somebody else's answer to a turn without calls. `is_ended` says whether the turn
+    closed with a control token; one that a stop string ended gets the template's end of turn first.
+
+    Args:
+        has_tools: whether tools' results are among what may follow; the template is then checked for them.
 
     Raises:
         ValueError: a template that cannot render a tool's result, or rewrites history once one is there.
     """
-    check_keeps_history(tokenizer)
+    if has_tools:
+        check_keeps_history(tokenizer)
     added = _look_alikes(tokenizer)
 
     def observe(messages: Sequence[Message], is_ended: bool) -> tuple[int, ...]:
         # The name of a tool that does not exist is the model's own text.
         cut = [
-            {**each, "name": _defused(each["name"], added), "content": _defused(each["content"], added)}
+            {**each, **{key: _defused(each[key], added) for key in ("name", "content") if key in each}}
             for each in messages
         ]
+        if cut[0]["role"] != "tool":
+            text, end = _after_answer(tokenizer, cut)
+            return tuple(encode_pieces(tokenizer, text.removeprefix(end) if is_ended else text, _MARK))
         history = _dummy(cut)
         before, end = _before(tokenizer, history)
         text = _rendered(tokenizer, [*history, *cut], True)
@@ -101,6 +108,21 @@ def _dummy(messages: Sequence[Message]) -> list[dict[str, Any]]:
     call = {"type": "function", "function": {"name": name, "arguments": {}}}
     turn = {"role": "assistant", "content": "", "reasoning_content": "thought", "tool_calls": [call]}
     return [{"role": "user", "content": "dummy"}, turn]
+
+
+def _after_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[str, str]:
+    """What follows an answer without calls, its end of turn included, and that end of turn.
+
+    Templates drop an earlier turn's thoughts here: what is compared begins behind the answer's own text.
+    """
+    said = "dummy answer"
+    history = [{"role": "user", "content": "dummy"}, {"role": "assistant", "content": said}]
+    text = _rendered(tokenizer, [*history, *messages], True)
+    _, found, after = text.partition(said)
+    if not found:
+        raise ValueError("the chat template leaves out what the assistant said; give one as data.chat_template")
+    end = str(tokenizer.eos_token or "")
+    return after, end
 
 
 def _before(tokenizer: PreTrainedTokenizerBase, history: Sequence[Message]) -> tuple[str, str]:

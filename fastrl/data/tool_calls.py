@@ -48,15 +48,18 @@ Parser = Callable[[Sequence[int], Sequence[int]], ParsedTurn]
 _Format = Callable[[str, Schemas], tuple[str, list[tuple[str, Any]], list[str]]]
 
 
-def turn_parser(tokenizer: PreTrainedTokenizerBase, schemas: Schemas) -> Parser:
+def turn_parser(tokenizer: PreTrainedTokenizerBase, schemas: Schemas | None) -> Parser:
     """Return `parse(ids of a turn, ids before it) -> ParsedTurn` for the tokenizer's chat template.
 
     Args:
         schemas: of the tools, as `transformers.utils.get_json_schema` makes them; XML arguments take their types.
+            None has a turn be text.
 
     Raises:
         ValueError: no chat template, or one whose format is not known.
     """
+    if schemas is None:
+        return lambda ids, before: _turn(str(tokenizer.decode(list(ids), skip_special_tokens=True)), (), ())
     if getattr(tokenizer, "response_template", None) is not None:
         return lambda ids, before: _by_tokenizer(tokenizer, ids, before, schemas)
     read = _format_of(tokenizer)
@@ -138,13 +141,16 @@ def _xml(text: str, schemas: Schemas) -> tuple[str, list[tuple[str, Any]], list[
 
 
 def _tagged(text: str, read: Callable[[str], tuple[str, Any]]) -> tuple[str, list[tuple[str, Any]], list[str]]:
-    calls, errors = [], []
+    calls, errors, left, end = [], [], "", 0
     for match in _TAGGED.finditer(text):
+        left += text[end : match.start()]
+        end = match.end()
         try:
             calls.append(read(match[1]))
         except ToolCallError as error:
             errors.append(str(error))
-    return _TAGGED.sub("", text).rstrip("\n") if calls or errors else text, calls, errors
+            left += match[0]  # what cannot be read stays what was said
+    return (left + text[end:]).rstrip("\n") if calls else text, calls, errors
 
 
 def _xml_call(body: str, schemas: Schemas) -> tuple[str, Any]:
@@ -181,7 +187,7 @@ def _llama(text: str, schemas: Schemas) -> tuple[str, list[tuple[str, Any]], lis
     try:
         return "", [_call(_json(match[1]), "parameters")], []
     except ToolCallError as error:
-        return "", [], [str(error)]
+        return text, [], [str(error)]
 
 
 def _mistral(text: str, schemas: Schemas) -> tuple[str, list[tuple[str, Any]], list[str]]:
@@ -192,7 +198,7 @@ def _mistral(text: str, schemas: Schemas) -> tuple[str, list[tuple[str, Any]], l
     try:
         found = _json(body)
     except ToolCallError as error:
-        return content, [], [str(error)]
+        return text, [], [str(error)]
     for each in found if isinstance(found, list) else [found]:
         try:
             calls.append(_call(each, "arguments"))

@@ -15,10 +15,12 @@ from fastrl.train.collect import Experience, Sampler, collect
 from fastrl.train.config import EvalConfig, OverlongBlock
 from fastrl.train.device import compute_dtype, pick_device
 from fastrl.train.engine import opened_engine
+from fastrl.train.environments import check_columns, own_reward, player_of, tool_schemas
+from fastrl.train.episode_credit import environment_errors, episode_metrics
 from fastrl.train.estimate import Estimate, estimate_by_group
 from fastrl.train.learned_rewards import loaded
 from fastrl.train.model import load_model, load_tokenizer
-from fastrl.train.prompts import load_prompts
+from fastrl.train.prompts import columns_of, load_prompts
 from fastrl.train.reward_workers import workers_of
 
 
@@ -26,14 +28,19 @@ def run(config: EvalConfig) -> int:
     """Print what each reward says of the model's completions; write them to `output_dir` when it is given.
 
     Returns:
-        0, or 1 when no reward judged any completion, or one failed on more than `rewards.max_error_rate` of them.
+        0, or 1 when no reward judged any completion, or one, or the environment, failed on more than
+        `rewards.max_error_rate` of them.
     """
     experience, names = judge(config)
-    for name, error in experience.scores.errors.items():
+    errors = {**experience.scores.errors, **environment_errors(experience.episodes)}
+    for name, error in errors.items():
         print(f"{name} failed on {error.count} completions; the first:\n{error.first}", file=sys.stderr)
     found = totals(experience, names)
     for name in names:
         print(f"{name}: {found.get(name, 'no verdict on any completion')}")
+    played = episode_metrics(experience.episodes)
+    for name, value in played.items():
+        print(f"{name}: {value:.4g}")
     if config.output_dir is not None:
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,12 +50,11 @@ def run(config: EvalConfig) -> int:
         log.write(0, samples_of(prompts, experience.completions, names, experience.scores, count=count))
         log.close()
         record = {name: {"mean": e.mean, "standard_error": e.standard_error, "n": e.n} for name, e in found.items()}
+        record |= {"episodes": played} if played else {}
         (folder / "eval.json").write_text(json.dumps(record, indent=1) + "\n")
-    broken = [
-        name
-        for name in experience.scores.errors
-        if experience.scores.metrics[f"rewards/{name}/error_rate"] > config.rewards.max_error_rate
-    ]
+    rates = {name: experience.scores.metrics[f"rewards/{name}/error_rate"] for name in experience.scores.errors}
+    rates |= {"environment": played["episodes/environment_error_rate"]} if played else {}
+    broken = [name for name, rate in rates.items() if rate > config.rewards.max_error_rate]
     if broken:
         print(f"{', '.join(broken)}: failed on more completions than rewards.max_error_rate allows", file=sys.stderr)
     return 0 if found and not broken else 1
@@ -56,7 +62,10 @@ def run(config: EvalConfig) -> int:
 
 def judge(config: EvalConfig) -> tuple[Experience, list[str]]:
     """Sample and score `num_generations` completions of every prompt; also return the rewards' names."""
-    rewards = resolve_rewards(config.reward_funcs)
+    named = resolve_rewards(config.reward_funcs) if config.reward_funcs else []
+    rewards = [*named, *own_reward(config.environment)]
+    if not rewards:
+        raise ValueError("there is no reward: set reward_funcs, or give the environment's class a method get_reward")
     tokenizer = load_tokenizer(
         config.model_name_or_path, chat_template=config.data.chat_template, trust_remote_code=config.trust_remote_code
     )
@@ -67,7 +76,9 @@ def judge(config: EvalConfig) -> tuple[Experience, list[str]]:
         rewards,
         max_prompt_length=config.rollout.max_prompt_length,
         output_dir=config.output_dir,
+        tools=tool_schemas(config.environment),
     )
+    check_columns(config.environment, columns_of(prompts))
     model = load_model(
         config.model_name_or_path,
         dtype=compute_dtype(config.dtype),
@@ -89,6 +100,7 @@ def judge(config: EvalConfig) -> tuple[Experience, list[str]]:
             seed=config.seed,
             overlong=OverlongBlock(),
             workers=workers_of(config.rewards),
+            player=player_of(config, tokenizer),
         )
         return collect(sampler, prompts, range(len(prompts))), [reward.name for reward in rewards]
 

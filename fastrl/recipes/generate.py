@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fastrl.rewards.protocol import Reward
 from fastrl.rewards.resolve import resolve_rewards
 from fastrl.rollout.engine import Engine, Sampling
+from fastrl.rollout.episodes import Episode
 from fastrl.rollout.seeds import request_seed
 from fastrl.train.collect import Experience, Sampler, collect
 from fastrl.train.config import GenerateConfig, OverlongBlock
@@ -24,14 +25,17 @@ from fastrl.train.contents import contents_of
 from fastrl.train.device import compute_dtype, pick_device
 from fastrl.train.durable import write_text
 from fastrl.train.engine import opened_engine
+from fastrl.train.environments import Player, check_columns, opened, own_reward, player_of, specs_of, tool_schemas
+from fastrl.train.episode_credit import environment_errors
 from fastrl.train.guards import check_verdicts
 from fastrl.train.learned_rewards import loaded
 from fastrl.train.model import load_model, load_tokenizer
 from fastrl.train.partial_file import open_partial
-from fastrl.train.prompts import Prompt, load_prompts
+from fastrl.train.prompts import Prompt, columns_of, load_prompts
 from fastrl.train.provenance import environment
 from fastrl.train.rejection import SELECTIONS, Candidate
 from fastrl.train.reward_workers import check_error_rates, workers_of
+from fastrl.train.validate_environment import OWN_REWARD
 from fastrl.types import Rollout
 
 if TYPE_CHECKING:
@@ -45,14 +49,21 @@ def run(config: GenerateConfig) -> int:
     Returns:
         0, or 1 when nothing was kept.
     """
-    rewards = resolve_rewards(config.verify) if config.verify else ()
+    rewards = _verifiers(config)
     tokenizer = load_tokenizer(
         config.model_name_or_path, chat_template=config.data.chat_template, trust_remote_code=config.trust_remote_code
     )
     source = config.prompt_file if config.prompt_file is not None else [{"prompt": text} for text in config.prompts]
     prompts = load_prompts(
-        source, tokenizer, config.data, rewards, max_prompt_length=config.rollout.max_prompt_length, output_dir=None
+        source,
+        tokenizer,
+        config.data,
+        rewards,
+        max_prompt_length=config.rollout.max_prompt_length,
+        output_dir=None,
+        tools=tool_schemas(config.environment),
     )
+    check_columns(config.environment, columns_of(prompts))
     device = pick_device(config.device)
     model = load_model(
         config.model_name_or_path,
@@ -62,6 +73,15 @@ def run(config: GenerateConfig) -> int:
     )
     with opened_engine(config, model, tokenizer) as engine:
         return _run(config, _sampler(config, engine, tokenizer, rewards), prompts, device)
+
+
+def _verifiers(config: GenerateConfig) -> list[Reward]:
+    """The rewards whose sum decides; `environment` names the environment's own."""
+    own = own_reward(config.environment) if OWN_REWARD in config.verify else []
+    if OWN_REWARD in config.verify and not own:
+        raise ValueError("verify: environment is what get_reward says, and the environment's class has no such method")
+    named = [spec for spec in config.verify if spec != OWN_REWARD]
+    return [*(resolve_rewards(named) if named else []), *own]
 
 
 def _sampler(
@@ -84,6 +104,7 @@ def _sampler(
         seed=config.seed,
         overlong=OverlongBlock(),
         workers=workers_of(config.rewards),
+        player=player_of(config, tokenizer),
     )
 
 
@@ -92,7 +113,8 @@ def _run(config: GenerateConfig, sampler: Sampler, prompts: Sequence[Prompt], de
         for _ in _rows_of_all(config, sampler, prompts, first=0, counts=Counter(), write=_print):
             pass
         return 0
-    contents = contents_of(data=[config.prompt_file], model=config.model_name_or_path, rewards=config.verify)
+    specs = [*config.verify, *specs_of(config.environment)]
+    contents = contents_of(data=[config.prompt_file], model=config.model_name_or_path, rewards=specs)
     record = {"config": asdict(config), "contents": contents}
     with open_partial(Path(config.output_file), record) as file:
         counts = Counter(file.counts)
@@ -116,15 +138,19 @@ def _rows_of_all(
         batch = [prompts[i] for i in ordinals]
         if config.verify:
             experience = collect(sampler, batch, ordinals)
+            _tell_faults(experience.episodes)
             without_verdict = check_verdicts(experience.reward, without_verdict, experience.scores.errors)
             failing = check_error_rates(experience.scores, failing, config.rewards)
             rows = _selected(config, experience, counts)
+        elif sampler.player is not None:
+            rows = _played(config, sampler, sampler.player, batch, ordinals)
         else:
             rows = _completions(config, sampler, batch, ordinals)
         counts["prompts"] += len(batch)
         counts["completions"] += len(batch) * config.num_generations
         counts["rows"] += len(rows)
-        write(rows)
+        # What a model was shown belongs to its answer: training on the row renders the same prompt.
+        write(rows if sampler.player is None else [{**row, "tools": sampler.player.schemas} for row in rows])
         yield ordinals.stop
 
 
@@ -143,12 +169,21 @@ def _selected(config: GenerateConfig, experience: Experience, counts: Counter[st
                 experience.completions[here], rewards[here], experience.rollouts[here], strict=True
             )
         ]
-        select = SELECTIONS[config.output_format]
-        prompt = experience.prompts[start].prompt
-        found = select(prompt, candidates, config.verify_threshold, config.max_per_prompt)
+        found = []
+        for prompt, alike in _by_prompt(experience.prompts[here], candidates):
+            select = SELECTIONS[config.output_format]
+            found += select(prompt, alike, config.verify_threshold, config.max_per_prompt)
         counts["prompts_with_rows"] += bool(found)
-        rows += found
+        rows += found[: config.max_per_prompt]
     return rows
+
+
+def _by_prompt(prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> list[tuple[Any, list[Candidate]]]:
+    """The candidates of each prompt in a group: an environment may have opened the group's prompt in several ways."""
+    found: dict[str, tuple[Any, list[Candidate]]] = {}
+    for prompt, candidate in zip(prompts, candidates, strict=True):
+        found.setdefault(json.dumps(prompt.prompt), (prompt.prompt, []))[1].append(candidate)
+    return list(found.values())
 
 
 def _completions(
@@ -177,8 +212,41 @@ def _described(prompt: Prompt, rollout: Rollout, text: str) -> dict[str, Any]:
     }
 
 
+def _played(
+    config: GenerateConfig, sampler: Sampler, player: Player, batch: Sequence[Prompt], ordinals: range
+) -> list[dict[str, Any]]:
+    """Every episode, as `_completions` has completions: its length is what the model said, its messages all of it."""
+    samples = range(config.num_generations)
+    repeated = [prompt for prompt in batch for _ in samples]
+    seeds = [request_seed(config.seed, ordinal, sample) for ordinal in ordinals for sample in samples]
+    episodes = player.play(sampler.engine, repeated, seeds, sampler.sampling)
+    _tell_faults(episodes)
+    rows = []
+    for prompt, episode in zip(repeated, episodes, strict=True):
+        n = sum(episode.rollout.is_sampled or ())
+        rows.append(
+            {
+                "prompt": opened(prompt, episode),
+                "completion": episode.messages,
+                "finish_reason": episode.rollout.finish_reason,
+                "tokens": n,
+                "mean_logprob": sum(episode.rollout.logprob) / max(1, n),
+                "reward": None if isinstance(episode.reward, Mapping) else episode.reward,
+            }
+        )
+    return rows
+
+
+def _tell_faults(episodes: Sequence[Episode]) -> None:
+    for error in environment_errors(episodes).values():
+        print(f"the environment failed in {error.count} episodes; the first:\n{error.first}", file=sys.stderr)
+
+
 def _text(completion: Any) -> str:
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+    """What makes two completions the same: the text, or all messages where there are several."""
+    if isinstance(completion, str):
+        return completion
+    return str(completion[-1]["content"]) if len(completion) == 1 else json.dumps(completion, sort_keys=True)
 
 
 def _print(rows: Sequence[dict[str, Any]]) -> None:

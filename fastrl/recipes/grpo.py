@@ -30,8 +30,8 @@ from fastrl.train.contents import contents_of
 from fastrl.train.curriculum import weight_metrics
 from fastrl.train.device import peak_gib
 from fastrl.train.engine import opened_engine
-from fastrl.train.environments import rewards_of
-from fastrl.train.episode_credit import environment_errors, token_credit
+from fastrl.train.environments import rewards_of, specs_of
+from fastrl.train.episode_credit import environment_errors, episode_metrics, token_credit
 from fastrl.train.estimate import estimate_by_group
 from fastrl.train.experience_metrics import experience_metrics
 from fastrl.train.export import save_pretrained
@@ -56,7 +56,8 @@ def run(config: GRPOConfig) -> int:
 
     Writes metrics.jsonl, completions.jsonl, report.html, checkpoint-N/ and model/ under `output_dir`.
     """
-    contents = contents_of(data=[config.train_dataset], model=config.model_name_or_path, rewards=config.reward_funcs)
+    specs = [*config.reward_funcs, *specs_of(config.environment)]
+    contents = contents_of(data=[config.train_dataset], model=config.model_name_or_path, rewards=specs)
     record = asdict(config) | {"contents": contents}
     with (
         open_run_directory(config.output_dir, record, resume=config.resume_from_checkpoint) as directory,
@@ -169,7 +170,7 @@ def learn(config: GRPOConfig, setup: Setup, journal: Journal, experience: Experi
         count=config.report.log_completions,
         advantages=advantage.tolist(),
     )
-    errors = experience.scores.errors | environment_errors(experience.episodes)
+    errors = {**experience.scores.errors, **environment_errors(experience.episodes)}
     journal.write_errors(progress.step + 1, errors)
     is_on_policy = draws_from_the_policy(config) and is_fresh(experience.rollouts, version=progress.step)
     for index, (step, step_batches) in enumerate(updates):
@@ -206,11 +207,12 @@ def evaluate(setup: Setup, journal: Journal, progress: Progress) -> None:
     found = collect(sampler, setup.held_out, range(len(setup.held_out)))
     sampler.engine.rest()
     metrics = {f"eval/{name}": value for name, value in found.scores.metrics.items() if name.startswith("rewards/")}
+    metrics |= {f"eval/{name}": value for name, value in episode_metrics(found.episodes).items()}
     if bool(found.reward.isfinite().any()):
         reward = estimate_by_group(found.scores.total, found.group.tolist())
         metrics |= {"eval/reward": reward.mean, "eval/reward_standard_error": reward.standard_error}
     journal.write(progress.step, metrics)
-    journal.write_errors(progress.step, found.scores.errors)
+    journal.write_errors(progress.step, {**found.scores.errors, **environment_errors(found.episodes)})
 
 
 def rounds_of(config: GRPOConfig, setup: Setup) -> Rounds | Stream:

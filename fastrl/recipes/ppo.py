@@ -26,6 +26,8 @@ from fastrl.train.config import PPOConfig
 from fastrl.train.contents import contents_of
 from fastrl.train.curriculum import weight_metrics
 from fastrl.train.device import peak_gib
+from fastrl.train.environments import specs_of
+from fastrl.train.episode_credit import environment_errors, episode_metrics
 from fastrl.train.estimate import estimate_by_group
 from fastrl.train.experience_metrics import experience_metrics
 from fastrl.train.export import save_pretrained
@@ -171,7 +173,7 @@ def learn(
         experience.scores,
         count=config.report.log_completions,
     )
-    journal.write_errors(progress.step + 1, experience.scores.errors)
+    journal.write_errors(progress.step + 1, {**experience.scores.errors, **environment_errors(experience.episodes)})
     for index, part in enumerate(steps):
         started = perf_counter()
         metrics = take_step(config, setup, part, step=progress.step, lr_scale=progress.lr_scale)
@@ -243,18 +245,20 @@ def evaluate(setup: Setup, journal: Journal, progress: Progress) -> None:
     found = collect(sampler, setup.held_out, range(len(setup.held_out)))
     sampler.engine.rest()
     metrics = {f"eval/{name}": value for name, value in found.scores.metrics.items() if name.startswith("rewards/")}
+    metrics |= {f"eval/{name}": value for name, value in episode_metrics(found.episodes).items()}
     if bool(found.reward.isfinite().any()):
         reward = estimate_by_group(found.scores.total, found.group.tolist())
         metrics |= {"eval/reward": reward.mean, "eval/reward_standard_error": reward.standard_error}
     journal.write(progress.step, metrics)
-    journal.write_errors(progress.step, found.scores.errors)
+    journal.write_errors(progress.step, {**found.scores.errors, **environment_errors(found.episodes)})
 
 
 def _contents(config: PPOConfig) -> dict[str, str]:
     """Digests of the data and of every model that the run starts from."""
     data = [config.train_dataset, config.pretrain_dataset]
     paths = (config.sft_model_path, config.reward_model_path, config.value_model_path)
-    found = dict(contents_of(data=data, model=config.model_name_or_path, rewards=config.reward_funcs))
+    specs = [*config.reward_funcs, *specs_of(config.environment)]
+    found = dict(contents_of(data=data, model=config.model_name_or_path, rewards=specs))
     for path in paths:
         found |= {} if path is None else contents_of(data=(), model=path)
     return found

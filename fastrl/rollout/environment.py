@@ -2,11 +2,14 @@
 
     {"reset": {column: value}}          -> {"observation": text or null}
     {"calls": [[name, arguments], ...]} -> {"results": [[text, is_error], ...], "reward": of the turn, or null}
+    {"said": message, "is_cut": bool}   -> {"messages": [message, ...] or null, "reward": as above}
     {"finish": true}                    -> {"reward": number, null or {"fault": text}, "state": {attribute: value}}
 
 The convention is TRL's: a class with `reset(**columns)`, whose other public methods are the tools, and an optional
-`get_reward()`. Ours beside it: an optional `get_turn_reward()`, asked after each turn. All may be `async`. An error in
-a tool is the tool's result, which the model sees; any other error ends the episode.
+`get_reward()`. Ours beside it, all optional: `get_turn_reward()`, asked after each turn; `get_reply(message)`, asked in
+place of the tools, whose messages follow the turn, and which ends the episode with None; `get_tool_schemas()` for the
+tools that it runs. All may be `async`. An error in a tool is the tool's result, which the model sees; any other error
+ends the episode.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import Any
 
 Tool = Callable[..., Any]
 
-NOT_TOOLS = ("reset", "get_reward", "get_turn_reward")
+NOT_TOOLS = ("reset", "get_reward", "get_turn_reward", "get_reply", "get_tool_schemas")
 
 
 class Environment:
@@ -39,12 +42,21 @@ class Environment:
         if "calls" in request:
             results = [self.call(name, arguments) for name, arguments in request["calls"]]
             return {"results": results, "reward": self._turn_reward()}
+        if "said" in request:
+            messages = self._awaited(self._instance.get_reply({**request["said"], "is_cut": request["is_cut"]}))
+            return {"messages": messages, "reward": self._turn_reward()}
         return {"reward": self._reward(), "state": _state(self._instance)}
 
     def close(self) -> None:
         """Release the event loop of async methods; a second call does nothing."""
-        if self._loop is not None:
-            self._loop.close()
+        if self._loop is None or self._loop.is_closed():
+            return
+        waiting = asyncio.all_tasks(self._loop)  # what methods have begun and left
+        for task in waiting:
+            task.cancel()
+        if waiting:
+            self._loop.run_until_complete(asyncio.wait(waiting))
+        self._loop.close()
 
     def has(self, name: str) -> bool:
         """Whether there is a tool of this name."""

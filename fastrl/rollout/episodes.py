@@ -59,11 +59,13 @@ class Dialogue:
         parse: (ids of a turn, ids before it) -> what was said.
         observe: (tool messages, whether the turn closed with a control token) -> ids between two turns.
         control_ids: ids that close a turn.
+        replies: whether the environment answers turns itself, those without calls too, and says when it is over.
     """
 
     parse: Callable[[Sequence[int], Sequence[int]], Turn]
     observe: Observe
     control_ids: frozenset[int]
+    replies: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,7 @@ def play(
         _sample(engine, [lives[seat] for seat in alive], sampling, turn)
         calls = {seat: lives[seat].said() for seat in alive}
         # An episode without calls is asked too: what its last turn earned is the environment's to say.
-        asked = {seat: {"calls": wanted} for seat, wanted in calls.items() if wanted is not None}
+        asked = {seat: lives[seat].request(wanted) for seat, wanted in calls.items() if wanted is not None}
         results = environments.ask(asked)
         for seat in asked:
             lives[seat].heard(results[seat])
@@ -235,12 +237,18 @@ class _Life:
         ]
         if self.finish is not None:  # cut off: what looks like a call may be half of one
             return []
-        if not calls and not turn.errors:
+        if not calls and not turn.errors and not self.dialogue.replies:
             self.finish = "stop"
         elif self.limits.tool_rounds is not None and self.tool_rounds >= self.limits.tool_rounds:
             self.stop("turns")
             return []
         return calls
+
+    def request(self, calls: list[list[Any]]) -> Request:
+        """What a turn asks of the environment."""
+        if not self.dialogue.replies:
+            return {"calls": calls}
+        return {"said": self.messages[-1], "is_cut": self.finish is not None}
 
     def heard(self, answer: dict[str, Any] | EnvironmentFault) -> None:
         """Take the tools' results, when there were calls, and what the turn earned."""
@@ -250,13 +258,11 @@ class _Life:
         self.turn_rewards[-1] = answer["reward"]
         if self.finish is not None:
             return
-        names = [call["function"]["name"] for call in self.messages[-1].get("tool_calls", ())]
-        results = [*zip(names, answer["results"], strict=True)]
-        results += [("unknown", [str({"error": error}), True]) for error in self.errors]
-        self.n_calls += len(results)
-        self.n_failures += sum(bool(is_error) for _, (_, is_error) in results)
+        observed = self._observed(answer)
+        if not observed:
+            self.finish = "stop"
+            return
         self.tool_rounds += 1
-        observed = [{"role": "tool", "name": name, "content": text} for name, (text, _) in results]
         if self.limits.seconds is not None and monotonic() - self.began > self.limits.seconds:
             self.stop("seconds")
             return
@@ -269,6 +275,19 @@ class _Life:
         self.logprob += [0.0] * len(ids)
         self.is_sampled += [False] * len(ids)
         self.version += [self.version[-1] if self.version else 0] * len(ids)
+
+    def _observed(self, answer: dict[str, Any]) -> list[dict[str, Any]]:
+        """The messages that follow a turn; none when the environment says that it was the last."""
+        names = [call["function"]["name"] for call in self.messages[-1].get("tool_calls", ())]
+        if self.dialogue.replies:
+            self.n_calls += len(names) + len(self.errors)
+            self.n_failures += len(self.errors)
+            return answer["messages"] or []
+        results = [*zip(names, answer["results"], strict=True)]
+        results += [("unknown", [str({"error": error}), True]) for error in self.errors]
+        self.n_calls += len(results)
+        self.n_failures += sum(bool(is_error) for _, (_, is_error) in results)
+        return [{"role": "tool", "name": name, "content": text} for name, (text, _) in results]
 
     def episode(self, answer: dict[str, Any] | EnvironmentFault | None) -> Episode:
         if isinstance(answer, EnvironmentFault):

@@ -3,6 +3,7 @@
 A spec is one of
     calculator                      a built-in tool
     search(corpus=corpus.jsonl)     a built-in tool, or any class or factory, with literal options
+    verifiers(id="wordle")          an environment of the package verifiers
     package.module:name             a function or class that can be imported
     environments/mine.py:name       one in a file
 A class is an environment or a set of tools: its public methods. A function is a tool; as a factory, it makes one.
@@ -22,9 +23,11 @@ from fastrl.rewards.spec import imported, parsed
 from fastrl.rollout.environment import Environment, Tool, methods_of
 from fastrl.rollout.tools import Search, calculator
 from fastrl.train.config import EnvironmentBlock
+from fastrl.train.environment_verifiers import Verifiers
 from fastrl.train.python_tool import Python
 
 BUILT_IN: Mapping[str, Tool | type] = {"calculator": calculator, "search": Search, "python": Python}
+FACTORIES: Mapping[str, type] = {"verifiers": Verifiers}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,23 @@ class EnvironmentSpec:
             found += [MethodType(method, owner) for method in methods_of(owner)]
         return found
 
+    @property
+    def replies(self) -> bool:
+        """Whether the environment answers turns itself."""
+        return callable(getattr(self.owner, "get_reply", None))
+
+    def schemas(self) -> list[dict[str, Any]]:
+        """What prompts show of the tools; [] for an environment that replies and has none.
+
+        Raises:
+            ValueError: as `schemas_of`.
+        """
+        if not callable(getattr(self.owner, "get_tool_schemas", None)):
+            return [] if self.replies and not self.functions() else schemas_of(self.functions())
+        assert self.factory is not None
+        found: list[dict[str, Any]] = self.factory().get_tool_schemas()
+        return found
+
 
 def environment_spec(block: EnvironmentBlock) -> EnvironmentSpec:
     """Resolve the names in a configuration.
@@ -67,7 +87,10 @@ def environment_spec(block: EnvironmentBlock) -> EnvironmentSpec:
         owner = _class_of(factory) if _is_class(factory) else type(factory())
         if not callable(getattr(owner, "reset", None)):
             raise ValueError(f"environment.factory {block.factory!r} needs a method reset; {owner.__name__} has none")
-    return EnvironmentSpec(factory, owner, tuple(_resolved(spec, "environment.tools") for spec in block.tools))
+    spec = EnvironmentSpec(factory, owner, tuple(_resolved(each, "environment.tools") for each in block.tools))
+    if spec.replies and spec.tools:
+        raise ValueError("environment.tools: an environment with get_reply runs its tools itself; remove them")
+    return spec
 
 
 def is_built_in(spec: str) -> bool:
@@ -102,7 +125,7 @@ def schemas_of(functions: Sequence[Tool]) -> list[dict[str, Any]]:
 
 def _resolved(spec: str, key: str) -> Callable[..., Any]:
     target, options = parsed(spec, key)
-    found = BUILT_IN.get(target)
+    found = (FACTORIES if key == "environment.factory" else BUILT_IN).get(target)
     if found is None:
         if ":" not in target:
             near = difflib.get_close_matches(target, BUILT_IN, n=1, cutoff=0.5)

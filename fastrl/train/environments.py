@@ -18,8 +18,8 @@ from fastrl.rewards.resolve import resolve_rewards
 from fastrl.rollout.engine import Engine, Sampling
 from fastrl.rollout.environment import missing_columns
 from fastrl.rollout.episodes import Dialogue, Environments, Episode, Limits, Start, play
-from fastrl.train.config import EnvironmentBlock, OnPolicyConfig
-from fastrl.train.environment_spec import EnvironmentSpec, environment_spec, is_built_in, schemas_of
+from fastrl.train.config import EnvironmentBlock, EvalConfig, GenerateConfig, OnPolicyConfig
+from fastrl.train.environment_spec import EnvironmentSpec, environment_spec, is_built_in
 from fastrl.train.environment_workers import EnvironmentWorkers, ToolsAside
 from fastrl.train.local_environments import LocalEnvironments
 from fastrl.train.prompts import Prompt
@@ -67,7 +67,9 @@ def has_environment(block: EnvironmentBlock) -> bool:
     return block.factory is not None or bool(block.tools)
 
 
-def player_of(config: OnPolicyConfig, tokenizer: PreTrainedTokenizerBase) -> Player | None:
+def player_of(
+    config: OnPolicyConfig | EvalConfig | GenerateConfig, tokenizer: PreTrainedTokenizerBase
+) -> Player | None:
     """Return what plays the episodes of a run; None when its configuration has no environment.
 
     Raises:
@@ -81,13 +83,14 @@ def player_of(config: OnPolicyConfig, tokenizer: PreTrainedTokenizerBase) -> Pla
     spec = environment_spec(block)
     if block.turn_advantage_weight > 0 and not callable(getattr(spec.owner, "get_turn_reward", None)):
         raise ValueError("environment.turn_advantage_weight needs a method get_turn_reward of the environment")
-    schemas = schemas_of(spec.functions())
+    schemas = spec.schemas()
     return Player(
         environments=environments_of(block),
         dialogue=Dialogue(
-            parse=turn_parser(tokenizer, schemas),
-            observe=observer(tokenizer),
+            parse=turn_parser(tokenizer, schemas or None),
+            observe=observer(tokenizer, has_tools=bool(schemas)),
             control_ids=frozenset(tokenizer.all_special_ids),
+            replies=spec.replies,
         ),
         limits=Limits(context, block.max_tool_calling_iterations, block.episode_seconds),
         schemas=schemas,
@@ -96,10 +99,15 @@ def player_of(config: OnPolicyConfig, tokenizer: PreTrainedTokenizerBase) -> Pla
 
 
 def environments_of(block: EnvironmentBlock) -> Environments:
-    """Where the environments of a configuration live; `block.workers` says."""
+    """Where the environments of a configuration live; `block.workers` says.
+
+    Raises:
+        RuntimeError: the interpreter is among the tools, and there is no sandbox for it.
+    """
+    here = tuple(tool for tool in block.tools if is_built_in(tool))
+    tools = environment_spec(EnvironmentBlock(tools=here)).make()  # what they lack is said now, not in each episode
     if block.workers == 0:
         return LocalEnvironments(environment_spec(block))
-    here = tuple(tool for tool in block.tools if is_built_in(tool))
     away = [tool for tool in block.tools if not is_built_in(tool)]
     environments: Environments = LocalEnvironments(EnvironmentSpec(None, None, ()))
     if block.factory is not None or away:
@@ -107,23 +115,31 @@ def environments_of(block: EnvironmentBlock) -> Environments:
         environments = EnvironmentWorkers(block.factory, away, workers=block.workers, seconds=seconds)
     if not here:
         return environments
-    tools = environment_spec(EnvironmentBlock(tools=here)).make()
     return ToolsAside(tools, environments, workers=block.workers)
 
 
 def tool_schemas(block: EnvironmentBlock) -> list[dict[str, Any]] | None:
     """The schemas that prompts are rendered with; None when the configuration has no environment."""
-    return schemas_of(environment_spec(block).functions()) if has_environment(block) else None
+    return environment_spec(block).schemas() if has_environment(block) else None
 
 
 def rewards_of(config: OnPolicyConfig) -> list[Reward]:
     """The reward functions of a run, and after them the environment's own reward under its class's name; may be []."""
-    block = config.environment
     named = resolve_rewards(config.reward_funcs, config.reward_weights) if config.reward_funcs else []
+    return [*named, *own_reward(config.environment)]
+
+
+def own_reward(block: EnvironmentBlock) -> list[Reward]:
+    """What the environment says itself, under its class's name; [] when its class has no get_reward."""
     owner = environment_spec(block).owner if block.factory is not None else None
     if owner is None or not callable(getattr(owner, "get_reward", None)):
-        return named
-    return [*named, Reward(environment_reward, block.reward_weight, owner.__name__)]
+        return []
+    return [Reward(environment_reward, block.reward_weight, owner.__name__)]
+
+
+def specs_of(block: EnvironmentBlock) -> list[str]:
+    """What names files that a run depends on, for `fastrl.train.contents.contents_of`."""
+    return [*([] if block.factory is None else [block.factory]), *block.tools]
 
 
 def check_columns(block: EnvironmentBlock, columns: Collection[str]) -> None:

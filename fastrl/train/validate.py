@@ -39,7 +39,7 @@ from fastrl.train.config import (
 )
 from fastrl.train.validate_ahead import ahead_problems
 from fastrl.train.validate_distillation import distill_problems, gkd_problems, teacher_problems
-from fastrl.train.validate_environment import environment_problems
+from fastrl.train.validate_environment import OWN_REWARD, environment_problems, played_problems
 from fastrl.train.validate_files import dataset_problem, file_problem, model_problem, writable_problem
 from fastrl.train.validate_lora import lora_problems
 from fastrl.train.validate_ppo import ppo_problems
@@ -276,7 +276,8 @@ def _inference(config: InferenceConfig) -> Problems:
 
 def _eval(config: EvalConfig) -> Problems:
     yield from dataset_problem("eval_dataset", config.eval_dataset)
-    yield from _rewards(config.reward_funcs)
+    if config.environment.factory is None or config.reward_funcs:  # an environment may judge itself
+        yield from _rewards(config.reward_funcs)
     yield from writable_problem("output_dir", config.output_dir)
 
 
@@ -290,7 +291,8 @@ def _generate(config: GenerateConfig) -> Problems:
     yield from dataset_problem("prompt_file", config.prompt_file)
     yield from writable_problem("output_file", config.output_file)
     for spec in config.verify:
-        yield from reward_problem(spec, key="verify")
+        if spec != OWN_REWARD:
+            yield from reward_problem(spec, key="verify")
     if config.verify and config.output_file is None:
         yield "output_file: verified completions are a dataset; name the file they go to"
     if config.verify and config.output_format == "preference" and config.num_generations < 2:
@@ -337,6 +339,8 @@ RULES: tuple[tuple[type, Callable[[Any], Problems]], ...] = (
     (InferenceConfig, _inference),
     (InferenceConfig, ahead_problems),
     (EvalConfig, _eval),
+    (EvalConfig, played_problems),
     (GenerateConfig, _generate),
+    (GenerateConfig, played_problems),
     (RLAIFConfig, rlaif_problems),
 )

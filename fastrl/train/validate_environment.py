@@ -5,29 +5,68 @@ from __future__ import annotations
 from collections.abc import Iterator
 from difflib import get_close_matches
 
-from fastrl.train.config import EnvironmentBlock, GRPOConfig, OnlineDPOConfig, OnPolicyConfig
+from fastrl.train.config import (
+    EnvironmentBlock,
+    EvalConfig,
+    GenerateConfig,
+    GRPOConfig,
+    OnlineDPOConfig,
+    OnPolicyConfig,
+)
+from fastrl.train.environment_verifiers import check_installed
 from fastrl.train.validate_rewards import imported_problem
 
 BUILT_IN_TOOLS = ("calculator", "python", "search")
+OWN_REWARD = "environment"  # the name, under verify, of what an environment's get_reward says
 
 
 def environment_problems(config: OnPolicyConfig) -> Iterator[str]:
     """Names that do not exist, and settings that have nothing to act on."""
-    block, default = config.environment, EnvironmentBlock()
-    if block.factory is not None:
-        yield from _named("environment.factory", block.factory)
-    for spec in block.tools:
-        if spec.partition("(")[0] not in BUILT_IN_TOOLS:
-            yield from _named("environment.tools", spec)
-    if block.factory is None and not block.tools:
-        for key in vars(default):
-            if getattr(block, key) != getattr(default, key):
-                yield f"environment.{key}: has no effect without tools; set environment.factory or environment.tools"
+    block = config.environment
+    yield from _settings(block)
+    if not _is_used(block):
         return
     if isinstance(config, OnlineDPOConfig):
         yield "environment: online_dpo compares single answers; use grpo or ppo for agents"
     yield from _turns(config)
-    if block.factory is None and block.reward_weight != default.reward_weight:
+
+
+def played_problems(config: EvalConfig | GenerateConfig) -> Iterator[str]:
+    """The same for the recipes that only sample: what weighs rewards against each other has little to act on."""
+    block, default = config.environment, EnvironmentBlock()
+    yield from _settings(block)
+    if isinstance(config, GenerateConfig) and OWN_REWARD in config.verify and block.factory is None:
+        yield f"verify: {OWN_REWARD} is the reward of environment.factory; set that too"
+    if not _is_used(block):
+        return
+    for key in ("turn_advantage_weight", "turn_gamma"):
+        if getattr(block, key) != getattr(default, key):
+            yield f"environment.{key}: has no effect where nothing is trained; remove it"
+    if block.factory is not None and block.reward_weight != default.reward_weight:
+        if isinstance(config, EvalConfig):
+            yield "environment.reward_weight: has no effect, as eval reports every reward by itself; remove it"
+        elif OWN_REWARD not in config.verify:
+            yield f"environment.reward_weight: has no effect while verify does not name {OWN_REWARD}; add it"
+
+
+def _is_used(block: EnvironmentBlock) -> bool:
+    return block.factory is not None or bool(block.tools)
+
+
+def _settings(block: EnvironmentBlock) -> Iterator[str]:
+    default = EnvironmentBlock()
+    if block.factory is not None and block.factory.partition("(")[0] == "verifiers":
+        yield from _verifiers_problem()
+    elif block.factory is not None:
+        yield from _named("environment.factory", block.factory)
+    for spec in block.tools:
+        if spec.partition("(")[0] not in BUILT_IN_TOOLS:
+            yield from _named("environment.tools", spec)
+    if not _is_used(block):
+        for key in vars(default):
+            if getattr(block, key) != getattr(default, key):
+                yield f"environment.{key}: has no effect without tools; set environment.factory or environment.tools"
+    elif block.factory is None and block.reward_weight != default.reward_weight:
         yield "environment.reward_weight: weighs the reward of environment.factory; set that too"
 
 
@@ -41,6 +80,13 @@ def _turns(config: OnPolicyConfig) -> Iterator[str]:
         yield f"{key}: turns are credited by the recipe grpo alone; set 0"
     elif config.parity is not None or config.algorithm == "reinforce_pp" or config.kl_placement == "reward":
         yield f"{key}: has no place where advantages are made per token (whitening, a KL in the reward); set 0"
+
+
+def _verifiers_problem() -> Iterator[str]:
+    try:
+        check_installed()
+    except RuntimeError as error:
+        yield f"environment.factory: {error}"
 
 
 def _named(key: str, spec: str) -> Iterator[str]:

@@ -46,3 +46,23 @@ def presses(environments: list[Any], completions: list[list[dict[str, Any]]], **
             message["role"] == "tool" and "error" not in message["content"] for message in messages
         )
     return [float(environment.presses) for environment in environments]
+
+
+class Raising(Buttons):
+    """Cannot begin one row of three."""
+
+    def reset(self, start: int, **columns: Any) -> str | None:
+        if start == 0:
+            raise RuntimeError("no such start")
+        return super().reset(start, **columns)
+
+
+class Silent:
+    """Has a tool and no reward."""
+
+    def reset(self, **columns: Any) -> None:
+        return None
+
+    def press(self) -> int:
+        """Presses the button."""
+        return 1

@@ -9,7 +9,7 @@ from fastrl.train.export import save_pretrained
 from fastrl.train.tiny import make_tiny_qwen3
 
 PAD, END, USER, ASSISTANT, TOOL = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|tool|>"
-PRESS, BROKEN = '<tool_call>{"name":"press"}</tool_call>', "<tool_call>{</tool_call>"
+BROKEN = "<tool_call>{</tool_call>"
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{{ m.content }}{% for c in m.tool_calls or [] %}"
     '<tool_call>{"name":"{{ c.function.name }}"}</tool_call>{% endfor %}<|end|>'
@@ -18,17 +18,18 @@ TEMPLATE = (
 )
 
 
-def make_agent_base(folder: Path) -> tuple[Path, Path]:
+def make_agent_base(folder: Path, *, call: str = "press") -> tuple[Path, Path]:
     """A random model whose vocabulary has digits and two whole calls, all else is padding; and a file of prompts."""
+    whole = f'<tool_call>{{"name":"{call}"}}</tool_call>'
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     specials = (PAD, END, USER, ASSISTANT, TOOL)
-    vocabulary = {token: i for i, token in enumerate((*specials, PRESS, BROKEN, *"0123456789"))}
+    vocabulary = {token: i for i, token in enumerate((*specials, whole, BROKEN, *"0123456789"))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     backend.decoder = decoders.Fuse()
-    backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in (PRESS, BROKEN)])
+    backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in (whole, BROKEN)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=PAD, eos_token=END, extra_special_tokens=[USER, ASSISTANT, TOOL]
     )

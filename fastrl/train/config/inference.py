@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastrl.train.config.blocks import DataBlock, RewardsBlock, RolloutBlock
+from fastrl.train.config.environment import EnvironmentBlock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +48,19 @@ class EvalConfig(InferenceConfig):
 
     Attributes:
         eval_dataset: JSONL or parquet file of prompts.
-        reward_funcs: names of built-in rewards, or `package.module:function`.
+        reward_funcs: names of built-in rewards, or `package.module:function`; an environment that judges itself needs
+            none.
         output_dir: where the completions and the result go; None prints the result only.
         rewards: how reward functions run.
+        environment: tools that the model may call; its own reward is one more.
     """
 
     eval_dataset: str
-    reward_funcs: tuple[str, ...]
+    reward_funcs: tuple[str, ...] = ()
     output_dir: str | None = None
     temperature: float = 0.0
     rewards: RewardsBlock = RewardsBlock()
+    environment: EnvironmentBlock = EnvironmentBlock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +71,8 @@ class GenerateConfig(InferenceConfig):
         prompts: texts on the command line.
         prompt_file: JSONL or parquet with a `prompt` column.
         output_file: JSONL to write, with its origin beside it; standard output when None.
-        verify: reward functions whose sum decides, named as in reward_funcs; none writes every completion.
+        verify: reward functions whose sum decides, named as in reward_funcs, and `environment` for what the
+            environment itself says; none writes every completion.
         verify_threshold: smallest sum that passes.
         output_format: rows written under verify: "sft" keeps what passes (1 per prompt is best-of-n), "preference"
             pairs it with what fails, "unpaired" labels both.
@@ -76,6 +81,7 @@ class GenerateConfig(InferenceConfig):
         repetition_penalty: makes tokens that occurred already less likely; 1 is none.
         stop: texts that end a completion.
         rewards: how the reward functions of verify run.
+        environment: tools that the model may call; completions are then messages.
     """
 
     prompts: tuple[str, ...] = ()
@@ -89,6 +95,7 @@ class GenerateConfig(InferenceConfig):
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     rewards: RewardsBlock = RewardsBlock()
+    environment: EnvironmentBlock = EnvironmentBlock()
 
 
 @dataclass(frozen=True, kw_only=True)
