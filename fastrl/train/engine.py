@@ -12,8 +12,10 @@ from fastrl.rollout.process import ProcessEngine
 from fastrl.rollout.vllm_engine import VLLMEngine
 from fastrl.rollout.vllm_start import Settings
 from fastrl.train.config import GKDConfig, InferenceConfig, OnPolicyConfig, TrainConfig
+from fastrl.train.distributed import size
 from fastrl.train.lora_files import save_adapter
 from fastrl.train.servers import server_engine
+from fastrl.train.shared_servers import SharedServers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,10 +35,11 @@ def opened_engine(
             yield engine
         return
     if config.rollout.engine == "vllm_server":
-        with closing(server_engine(config, policy, tokenizer)) as engine:
+        make = server_engine if size() == 1 else SharedServers
+        with closing(make(config, policy, tokenizer)) as engine:
             yield engine
         return
-    if config.rollout.max_staleness > 0:
+    if config.rollout.engine == "builtin" and config.rollout.max_staleness > 0:
         # Threads of one process do not overlap: what samples while the trainer computes needs a process of its own.
         with closing(
             ProcessEngine(

@@ -53,7 +53,7 @@ from fastrl.train.validate_preference import (
     reference_problems,
 )
 from fastrl.train.validate_ranges import range_problems
-from fastrl.train.validate_ranks import launched_step_size, ranks_problems, times_ranks
+from fastrl.train.validate_ranks import launched_step_size, ranks_problems, sampling_ranks_problems, times_ranks
 from fastrl.train.validate_reward_model import prm_problems, reward_problems
 from fastrl.train.validate_rewards import reward_problem
 from fastrl.train.validate_rlaif import rlaif_problems
@@ -309,6 +309,8 @@ RULES: tuple[tuple[type, Callable[[Any], Problems]], ...] = (
     (TrainConfig, _train),
     (TrainConfig, lora_problems),
     (TrainConfig, ranks_problems),
+    (OnPolicyConfig, sampling_ranks_problems),
+    (GKDConfig, sampling_ranks_problems),
     (SFTConfig, _sft),
     (OnPolicyConfig, vllm_problems),
     (InferenceConfig, vllm_problems),
