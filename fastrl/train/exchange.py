@@ -19,6 +19,7 @@ from fastrl.rewards.join import joined_scores
 from fastrl.rewards.protocol import Reward
 from fastrl.rewards.score import RewardError, Scores
 from fastrl.rollout.engine import Engine, Sampling
+from fastrl.rollout.episodes import Episode
 from fastrl.train.distributed import gather_bytes, rank, size
 from fastrl.train.shares import places_of_ranks
 from fastrl.types import Rollout
@@ -71,6 +72,7 @@ def of_all_ranks(
         "prompts": [prompt.prompt for prompt in part.prompts],
         "scores": asdict(part.scores),
         "seconds": part.seconds,
+        "episodes": [_without_rollout(episode) for episode in part.episodes],
     }
     told = gather_bytes(written(part.rollouts, record), "the completions of the others", lane="sampling")
     parts = [read(data) for data in told]
@@ -99,6 +101,7 @@ def of_all_ranks(
         scores=scores,
         seconds={name: max(each["seconds"][name] for each in records) for name in part.seconds},
         n_drawn=len(prompts),
+        episodes=_episodes_of([each["episodes"] for each in records], places, rollouts),
     )
 
 
@@ -156,6 +159,24 @@ def scores_of(record: Mapping[str, Any]) -> Scores:
         extra=record["extra"],
         counted=tuple(tuple(column) for column in record["counted"]),
     )
+
+
+def _without_rollout(episode: Episode) -> dict[str, Any]:
+    return {field.name: getattr(episode, field.name) for field in fields(Episode) if field.name != "rollout"}
+
+
+def _episodes_of(
+    records: Sequence[Sequence[dict[str, Any]]], places: Sequence[Sequence[int]], rollouts: Sequence[Rollout]
+) -> list[Episode]:
+    """Episodes from their JSON and their rollouts; none of a run without tools."""
+    if not any(records):
+        return []
+    is_tuple = {field.name: str(field.type).startswith("tuple[") for field in fields(Episode)}
+    told = [
+        {name: tuple(value) if is_tuple[name] else value for name, value in each.items()}
+        for each in in_order(records, places)
+    ]
+    return [Episode(rollout=rollout, **each) for each, rollout in zip(told, rollouts, strict=True)]
 
 
 def _number_in(annotation: str) -> type | None:
