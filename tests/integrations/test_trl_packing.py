@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastrl.integrations.trl_packing import packed_rows
+from fastrl.integrations.trl_packing import packed_rows, require_isolation
 
 IDS = torch.tensor([[0, 0, 11, 12, 13, 14, 0], [21, 22, 23, 0, 0, 0, 0], [0, 31, 32, 33, 34, 35, 36]])
 MASK = (IDS > 0).long()
@@ -57,3 +57,42 @@ def test_labels_of_other_tokens_are_refused():
     labels[0, 4] = 99
     with pytest.raises(ValueError, match="other tokens"):
         packed_rows(IDS, MASK, labels, is_one_row=True)
+
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+}
+LAYERS = {"layer_types": ["conv", "full_attention"]}  # a short convolution runs across the border of two sequences
+MODELS = {
+    "Qwen3": ({"head_dim": 4}, True),
+    "Gemma2": ({"head_dim": 4}, True),
+    "GPT2": ({"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 64}, True),
+    "Qwen3Moe": ({"head_dim": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}, True),
+    "Lfm2": (LAYERS, False),
+    "FalconMamba": ({"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}, False),
+    "Bloom": ({"vocab_size": 64, "hidden_size": 16, "n_layer": 2, "n_head": 2}, False),
+}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_let_packed_sequences_see_each_other_are_found(name, dtype):
+    transformers = pytest.importorskip("transformers")
+    options, keeps_apart = MODELS[name]
+    torch.manual_seed(0)
+    shared = {} if name in ("GPT2", "FalconMamba", "Bloom") else SMALL
+    head = "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
+    model = getattr(transformers, head)(getattr(transformers, f"{name}Config")(**shared, **options)).to(dtype)
+    if keeps_apart:
+        require_isolation(model, model.forward)
+        return
+    with pytest.raises(ValueError, match="see each other"):
+        require_isolation(model, model.forward)
+    assert model.training
