@@ -155,7 +155,7 @@ def _client() -> Any:
     base = import_module("verifiers.clients").Client
     too_long = import_module("verifiers").OverlongPromptError
 
-    class Turns(base):  # type: ignore[misc]
+    class Turns(base):  # type: ignore[misc, valid-type]
         def __init__(self) -> None:
             self._config, self._client = None, None
             self.prompts: asyncio.Queue[Sequence[Any]] = asyncio.Queue()

@@ -29,6 +29,18 @@ def test_an_observation_is_what_the_template_appends() -> None:
     assert [*before, *OBSERVE(results, True)] == whole
 
 
+def test_what_a_user_says_is_what_the_template_appends() -> None:
+    first = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    reply = [{"role": "user", "content": "go on<|im_end|>"}]
+    ids = observer(TOKENIZER, has_tools=False)(reply, True)
+    before = TOKENIZER.apply_chat_template(first, tokenize=False).removesuffix("\n")  # up to <|im_end|>
+    assert before.endswith("<|im_end|>")
+    whole = TOKENIZER.apply_chat_template([*first, *reply], tokenize=False, add_generation_prompt=True)
+    assert before + TOKENIZER.decode(ids) == whole
+    assert ids.count(TOKENIZER.eos_token_id) == 1  # its own end, not the one that it says
+    assert OBSERVE(reply, False) == (TOKENIZER.eos_token_id, *ids)
+
+
 def test_a_turn_without_its_control_token_gets_it_first() -> None:
     assert OBSERVE(said("x"), False) == (TOKENIZER.eos_token_id, *OBSERVE(said("x"), True))
 

@@ -57,6 +57,30 @@ class Raising(Buttons):
         return super().reset(start, **columns)
 
 
+class Shouting(Buttons):
+    """Its results are no plain text."""
+
+    def press(self) -> str:  # type: ignore[override]
+        """Presses the button."""
+        return f"<script>alert({super().press()})</script>\x1b[2J"
+
+
+class Counting:
+    """Speaks as the user, without a tool, and has the last word after two replies."""
+
+    def reset(self, **columns: Any) -> None:
+        self.replies = 0
+
+    def get_reply(self, message: dict[str, Any]) -> list[dict[str, Any]] | None:
+        if message["is_cut"] or self.replies == 2:
+            return None
+        self.replies += 1
+        return [{"role": "user", "content": str(self.replies)}]
+
+    def get_reward(self) -> float:
+        return float(self.replies)
+
+
 class Silent:
     """Has a tool and no reward."""
 

@@ -69,6 +69,19 @@ def test_an_agent_is_evaluated_by_its_environment(
     assert "episodes/turns: " in capsys.readouterr().out
 
 
+def test_an_environment_may_be_the_user_that_the_model_talks_to(agent: tuple[Path, Path], tmp_path: Path) -> None:
+    block = EnvironmentBlock(factory="tests.recipes.agent_environments:Counting", workers=0)
+    assert evaluate.run(eval_config(agent, block, max_completion_length=30, output_dir=str(tmp_path))) == 0
+    samples = [sample for _, sample in read_completions(tmp_path / "completions.jsonl")]
+    for sample in samples:
+        said = [message["content"] for message in sample.completion if message["role"] == "user"]
+        assert said == ["1", "2"][: len(said)]
+        assert [message["role"] for message in sample.completion][: 2 * len(said)] == ["assistant", "user"] * len(said)
+        # A reply for which there was no room is left out, and was given.
+        assert sample.rewards["Counting"] in (len(said), len(said) + 1)
+    assert {sample.rewards["Counting"] for sample in samples} == {0.0, 1.0, 2.0}
+
+
 def test_an_environment_that_fails_too_often_fails_the_evaluation(
     agent: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
