@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from fastrl.train.config import EnvironmentBlock, GRPOConfig, OnlineDPOConfig
-from fastrl.train.validate_environment import BUILT_IN_TOOLS, environment_problems
+from fastrl.train.config import EnvironmentBlock, EvalConfig, GenerateConfig, GRPOConfig, OnlineDPOConfig
+from fastrl.train.validate_environment import BUILT_IN_TOOLS, environment_problems, played_problems
 
+OWN = EnvironmentBlock(factory="tests.recipes.agent_environments:Buttons")
 GRPO = GRPOConfig(model_name_or_path="m", output_dir="o", train_dataset="d")
 
 
@@ -51,3 +52,23 @@ def test_the_list_of_tools_is_the_one_that_runs() -> None:
     from fastrl.train.environment_spec import BUILT_IN
 
     assert sorted(BUILT_IN) == sorted(BUILT_IN_TOOLS)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (EvalConfig(model_name_or_path="m", eval_dataset="d", environment=OWN), ""),
+        (GenerateConfig(model_name_or_path="m", verify=("environment",), environment=OWN), ""),
+        (GenerateConfig(model_name_or_path="m", verify=("environment",)), "verify: environment is the reward of"),
+        (
+            EvalConfig(model_name_or_path="m", eval_dataset="d", environment=replace(OWN, reward_weight=2.0)),
+            "eval reports every reward by itself",
+        ),
+        (GenerateConfig(model_name_or_path="m", environment=replace(OWN, reward_weight=2.0)), "does not name environ"),
+        (GenerateConfig(model_name_or_path="m", environment=replace(OWN, turn_gamma=0.5)), "nothing is trained"),
+    ],
+)
+def test_recipes_that_only_sample_have_rules_of_their_own(config: EvalConfig | GenerateConfig, says: str) -> None:
+    found = " | ".join(played_problems(config))
+    assert says in found
+    assert bool(says) == bool(found)
