@@ -48,7 +48,12 @@ def main() -> None:
 
 def measured(row: Row, shape: Shape, *, dtype: torch.dtype, device: str, quick: bool) -> Iterator[dict[str, Any]]:
     """One record per contender: its error, and its timing when it agrees with the specification."""
-    errors = disagreements(row, shape, dtype=dtype, device=device)
+    dtype_name = str(dtype).removeprefix("torch.")
+    try:
+        errors = disagreements(row, shape, dtype=dtype, device=device)
+    except RuntimeError as reason:  # the inputs cannot be made here: a data file is missing
+        yield from ({"contender": name, "dtype": dtype_name, "cannot_run": str(reason)} for name in row.contenders)
+        return
     baseline = next((x for x in errors.values() if isinstance(x, float)), 0.0)
     agreeing = [name for name, x in errors.items() if isinstance(x, float) and x <= baseline + row.slack]
     inputs = row.make_inputs(*shape, dtype=dtype, device=device)
@@ -57,7 +62,7 @@ def measured(row: Row, shape: Shape, *, dtype: torch.dtype, device: str, quick: 
     least = None if row.bytes is None else row.bytes(*shape, dtype.itemsize)
     floor = timed.pop(FLOOR, None)
     for name, found in errors.items():
-        record: dict[str, Any] = {"contender": name, "dtype": str(dtype).removeprefix("torch.")}
+        record: dict[str, Any] = {"contender": name, "dtype": dtype_name}
         if isinstance(found, str):
             yield {**record, "cannot_run": found}
         elif name not in timed:

@@ -60,6 +60,14 @@ def test_a_contender_that_disagrees_or_is_absent_is_listed_and_not_timed() -> No
     assert power["reserved_gib"] is None  # there is no allocator to ask on a CPU
 
 
+def test_a_row_whose_data_is_missing_says_so_for_every_contender(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRL_GSM8K", "/nowhere/train.jsonl")
+    realistic = all_rows()["policy_loss_gsm8k"]
+    found = list(measured(realistic, (8, 4, 50), dtype=torch.float32, device="cpu", quick=True))
+    assert len(found) == len(realistic.contenders)
+    assert all("needs GSM8K" in record["cannot_run"] for record in found)
+
+
 def test_provenance_can_be_written_and_names_what_ran() -> None:
     found = provenance("cpu", quick=True)
     assert json.loads(json.dumps(found)) == found
