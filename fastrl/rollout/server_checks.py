@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 
 from fastrl.rollout.server_guard import is_loopback
 from fastrl.rollout.server_http import Client, ServerError, ServerLostError
+from fastrl.rollout.vllm_version import NEWEST, OLDEST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OLDEST, NEWEST = (0, 20), (0, 33)
 SECONDS = 30.0
 # Cases, digits, spaces, code, an accent, CJK, an emoji: what tokenizers treat differently.
 TEXT = "Hello  World 1234567, a\tfox's\n\n  def f(x): x**2 # \u00e9\u00e8 \u4f60\u597d \U0001f642 <eos> </s>"
@@ -62,6 +62,7 @@ def check_server(client: Client, needs: Needs) -> str:
             f"--max-model-len {needs.context}, or lower max_completion_length"
         )
     _check_routes(client, with_adapters=needs.with_adapters)
+    _resume(client)
     _check_tokenizer(client, served, needs.tokenizer)
     _check_vocabulary(client, served, needs.vocab_size)
     _check_logprobs(client, served)
@@ -110,6 +111,12 @@ def _check_routes(client: Client, *, with_adapters: bool) -> None:
             f"{client.url} takes no adapters; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, --enable-lora and a "
             "--max-lora-rank of at least lora_r"
         )
+
+
+def _resume(client: Client) -> None:
+    """A trainer that was cut off in the middle of an update left the server paused: it would hold every request."""
+    if client.get("/is_paused", seconds=SECONDS).get("is_paused"):
+        client.tell("/resume", seconds=SECONDS)
 
 
 def _check_tokenizer(client: Client, model: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -42,7 +42,7 @@ CAUSES = {
     "are not supported for now": "vLLM does not support this model",
     "has no vLLM implementation": "vLLM does not support this model",
     "Unsupported CPU attention": "vLLM's CPU attention does not support this model's head size",
-    "No module named 'vllm'": "vLLM is not installed for rollout.server.python",
+    "No module named 'vllm'": "the interpreter of rollout.server.python has no vLLM",
     "unrecognized arguments": "rollout.server.arguments holds an option this vLLM does not know",
 }
 

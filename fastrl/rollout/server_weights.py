@@ -24,6 +24,7 @@ from fastrl.rollout.server_http import ServerError
 from fastrl.rollout.vllm_weights import WriteAdapter, named_weights
 
 FILE_BYTES = 1 << 32  # one file at most, or one tensor
+NO_FILE = "."  # a name that no file has
 
 
 class Target(Protocol):
@@ -121,7 +122,15 @@ class Files:
             target.tell("/init_weight_transfer_engine", {"init_info": {"directory": str(self._directory)}})
             target.is_joined = True
         target.tell("/pause?mode=abort")
-        target.tell("/start_weight_update")
+        try:
+            target.tell("/start_weight_update")
+        except ServerError as error:
+            if error.status < 500:
+                raise
+            # An update that was cut off before its end is still open; in vLLM one that fails is closed.
+            with suppress(ServerError):
+                target.tell("/update_weights", {"update_info": {"files": [NO_FILE]}})
+            target.tell("/start_weight_update")
         target.tell("/update_weights", {"update_info": {"files": self._names}})
         target.tell("/finish_weight_update", {"weight_version": self.tag})
         target.tell("/resume")

@@ -20,6 +20,8 @@ from safetensors import safe_open
 from vllm.distributed.weight_transfer import base, factory
 from vllm.platforms import current_platform
 
+from fastrl.rollout.vllm_weights import start_without_packing
+
 BACKEND = "fastrl_files"
 
 
@@ -51,7 +53,9 @@ class FilesEngine(base.WeightTransferEngine[FilesInit, FilesUpdate]):  # type: i
     def init_transfer_engine(self, init_info: FilesInit) -> None:
         directory = Path(init_info.directory)
         if not directory.is_dir():
-            raise ValueError(f"this server cannot read {directory}; server and trainer must share rollout.server.files")
+            raise ValueError(
+                f"this server cannot read {directory}; server and trainer must share rollout.server.directory"
+            )
         self.directory = directory.resolve()
 
     def start_weight_update(self) -> None:
@@ -84,16 +88,7 @@ class FilesEngine(base.WeightTransferEngine[FilesInit, FilesUpdate]):  # type: i
         self.directory = None
 
 
-def turn_packing_off() -> None:
-    """Keep plain weights in the linear layers of a CPU worker; costs some speed, and makes updates real."""
-    from vllm import _custom_ops
-    from vllm.model_executor.layers import utils
-
-    _custom_ops._supports_onednn = False
-    utils.check_cpu_sgl_kernel = lambda *shape: False
-
-
 if BACKEND not in factory.WeightTransferEngineFactory._registry:
     factory.WeightTransferEngineFactory.register_engine(BACKEND, FilesEngine)
 if current_platform.is_cpu():
-    turn_packing_off()
+    start_without_packing()

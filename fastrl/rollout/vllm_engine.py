@@ -14,7 +14,7 @@ from fastrl.rollout.builtin import context_length, eos_token_ids
 from fastrl.rollout.engine import Sampling, check_prompts, limits_of
 from fastrl.rollout.seeds import request_seed
 from fastrl.rollout.stop import StopStrings
-from fastrl.rollout.vllm_probe import check_holds, probe_ids, trainer_logprob
+from fastrl.rollout.vllm_probe import TOLERANCE, check_holds, probe_ids, trainer_logprob
 from fastrl.rollout.vllm_sampling import check_vllm_sampling, sampling_fields
 from fastrl.rollout.vllm_start import Settings, started, stop
 from fastrl.rollout.vllm_weights import Adapters, WriteAdapter, push_weights
@@ -22,8 +22,6 @@ from fastrl.types import FinishReason, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}  # nats; see vllm_probe
 
 
 class VLLMEngine:

@@ -156,6 +156,12 @@ def sampler_at(sampler: Sampler, config: OnPolicyConfig, progress: Progress) -> 
     return replace(sampler, rewards=scheduled(sampler.rewards, config.reward_schedule, progress.step), seed=seed)
 
 
+def served_context(config: OnPolicyConfig, context: int) -> int:
+    """Most tokens of one sequence: what the model holds, or less where the engine is told to hold less."""
+    served = {"vllm": config.rollout.vllm.max_model_len, "vllm_server": config.rollout.server.max_model_len}
+    return min(context, served.get(config.rollout.engine) or context)
+
+
 def check_lengths(config: OnPolicyConfig, prompts: Sequence[Prompt], *, context: int) -> None:
     """Refuse now what would stop the run hours later, when the longest prompt is drawn.
 
@@ -166,8 +172,7 @@ def check_lengths(config: OnPolicyConfig, prompts: Sequence[Prompt], *, context:
         ValueError: a prompt that leaves no room to sample, or a sequence over the token budget.
     """
     longest = max(len(prompt.ids) for prompt in prompts)
-    served = {"vllm": config.rollout.vllm.max_model_len, "vllm_server": config.rollout.server.max_model_len}
-    context = min(context, served.get(config.rollout.engine) or context)
+    context = served_context(config, context)
     if longest >= context:
         raise ValueError(
             f"the longest prompt has {longest} tokens, which leaves no room to sample in the model's context of "

@@ -9,8 +9,6 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import TYPE_CHECKING
 
-import torch
-
 from fastrl.rollout.builtin import context_length
 from fastrl.rollout.server_engine import Limits, ServerEngine
 from fastrl.rollout.server_http import Client
@@ -18,6 +16,7 @@ from fastrl.rollout.server_member import Server
 from fastrl.rollout.server_nccl import Nccl
 from fastrl.rollout.server_process import Launch, ServerProcess
 from fastrl.rollout.server_weights import Adapters, Files, Transport
+from fastrl.rollout.vllm_probe import TOLERANCE
 from fastrl.rollout.vllm_start import CPU_CACHE_GIB, LORA_RANKS
 from fastrl.train.config import EvalConfig, GKDConfig, InferenceConfig, OnPolicyConfig, ServerBlock, TrainConfig
 from fastrl.train.lora_files import save_adapter
@@ -59,7 +58,7 @@ def engine_over(
             request_seconds=block.request_seconds,
             concurrency=block.concurrency,
             lost_calls=block.lost_steps,
-            probe_tolerance=_tolerance(block, policy),
+            probe_tolerance=TOLERANCE[policy.dtype] if block.probe_tolerance is None else block.probe_tolerance,
         ),
     )
 
@@ -127,9 +126,3 @@ def _kind(block: ServerBlock, policy: PreTrainedModel) -> str:
 
 def _has_adapter(config: OnPolicyConfig | InferenceConfig | GKDConfig) -> bool:
     return isinstance(config, TrainConfig) and config.use_peft
-
-
-def _tolerance(block: ServerBlock, policy: PreTrainedModel) -> float:
-    if block.probe_tolerance is not None:
-        return block.probe_tolerance
-    return 1e-3 if policy.dtype == torch.float32 else 0.2

@@ -30,7 +30,7 @@ from fastrl.train.ahead import Source, with_metrics
 from fastrl.train.collect import Experience, TrainerState, joined, judged_experience, selected
 from fastrl.train.order import row_at
 from fastrl.train.partial import Group, chosen, extended, is_feasible, most_outstanding, new_group
-from fastrl.train.policy_setup import sampler_at
+from fastrl.train.policy_setup import sampler_at, served_context
 from fastrl.train.rollout_tensors import rollouts_as_tensors, rollouts_from_tensors
 from fastrl.train.snapshot import Progress
 from fastrl.train.staleness import staleness_metrics
@@ -48,7 +48,7 @@ class Stream:
     def __init__(self, source: Source, *, depth: int, segment_tokens: int) -> None:
         self._source, self._depth = source, depth
         self._sampling = replace(source.sampler.sampling, segment_tokens=segment_tokens)
-        self._context = context_length(source.policy)
+        self._context = served_context(source.config, context_length(source.policy))
         self._changed = Condition()  # guards everything below
         self._groups: list[Group] = []
         self._without_signal: list[Experience] = []  # since the last round

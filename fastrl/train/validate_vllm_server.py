@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from fastrl.rollout.vllm_version import version_problem
 from fastrl.train.config import GKDConfig, InferenceConfig, OnPolicyConfig, RolloutBlock, ServerBlock, TrainConfig
 from fastrl.train.ranks import launched_ranks
 from fastrl.train.validate_vllm import distribution_problems
@@ -63,6 +64,8 @@ def _started(block: ServerBlock) -> Problems:
         )
     if block.devices and len(block.devices) != block.count:
         yield f"rollout.server.devices: must have one entry for each of the {block.count} servers"
+    if block.python is None and (problem := version_problem()) is not None:
+        yield f"rollout.engine: {problem}, or name an interpreter that has vLLM in rollout.server.python"
     if block.python is not None and not os.access(block.python, os.X_OK):
         yield f"rollout.server.python: {block.python} is not an interpreter that can be run"
 

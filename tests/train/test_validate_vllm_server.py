@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastrl.train import validate_vllm_server
 from fastrl.train.config import GRPOConfig, RolloutBlock, ServerBlock
 from fastrl.train.validate_vllm_server import server_problems
+
+
+@pytest.fixture(autouse=True)
+def _vllm_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validate_vllm_server, "version_problem", lambda: None)
 
 
 def problems(rollout: dict[str, Any] | None = None, config: dict[str, Any] | None = None, **server: Any) -> list[str]:
@@ -52,6 +59,13 @@ def test_what_cannot_work_is_named(monkeypatch: pytest.MonkeyPatch, options: dic
 def test_servers_that_run_already_are_right_with_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "k")
     assert problems(urls=("http://10.0.0.7:8000", "https://host:443"), directory=str(tmp_path)) == []
+
+
+def test_a_server_to_start_needs_vllm_here_or_another_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validate_vllm_server, "version_problem", lambda: "vLLM is not installed")
+    (found,) = problems()
+    assert found.startswith("rollout.engine: vLLM is not installed, or name an interpreter")
+    assert problems(python=sys.executable) == []
 
 
 def test_several_ranks_need_servers_that_run_already(monkeypatch: pytest.MonkeyPatch) -> None:
