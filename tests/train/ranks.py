@@ -12,8 +12,9 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from fastrl.train.config import DistributedBlock, GRPOConfig, TrainConfig
 from fastrl.train.distributed import joined
 
 Result = TypeVar("Result")
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {
     module.__name__.rpartition(".")[2]: module
     for module in (cpo, distill, dpo, gkd, grpo, kto, online_dpo, orpo, ppo, prm, reward, rrhf, sft)
@@ -51,6 +53,8 @@ def on_ranks(n: int, function: Callable[..., Result], *arguments: Any, seconds: 
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["tests.train.ranks"])
+    with contextlib.chdir(ROOT):  # where the server finds `tests`: it leaves out in silence what it cannot import
+        forkserver.ensure_running()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
