@@ -11,16 +11,16 @@ of the model's source, and whatever it does to logits that is not known here is 
 
 from __future__ import annotations
 
-import functools
+import inspect
 from collections.abc import Callable
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from fastrl.integrations.liger.head import operands
+from fastrl.integrations.liger.head import operands, read_target
 from fastrl.ops import linear_cross_entropy
 
 
@@ -57,6 +57,21 @@ class UnmadeLogits:
         """Float32, which they are."""
         return self
 
+    def contiguous(self) -> UnmadeLogits:
+        """In order, which they are (OPT)."""
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where labels are moved to."""
+        return self.hidden.device
+
+    def _refuse(self, *_: Any) -> Any:
+        raise _unknown("an index, or arithmetic other than * and /,")
+
+    __getitem__ = __setitem__ = __iter__ = __add__ = __radd__ = __sub__ = __rsub__ = __rtruediv__ = _refuse
+    __neg__ = __pow__ = __matmul__ = __floordiv__ = __mod__ = _refuse
+
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -90,38 +105,46 @@ def _unknown(what: str) -> AttributeError:
 
 
 class Applied:
-    """Owns the change of one model; `revert()` takes it back, as does leaving it as a context manager."""
+    """Owns the change of one model; `revert()` takes it back, as does leaving it as a context manager.
 
-    def __init__(self, model: Any, head: Any, backend: str | None) -> None:
-        """Change `model`, whose output head is `head`."""
-        self._model, self._head, self._backend = model, head, backend
+    The model holds it and nothing else holds the model, so a deep copy of the model has one of its own.
+    """
+
+    def __init__(self, model: Any, backend: str | None) -> None:
+        """Change `model`."""
+        # One that was reverted while another wrapped its forward is called still: its place is taken.
+        earlier: Applied | None = vars(model).get("_fastrl_applied")
+        self._model, self._backend, self._is_reverted = model, backend, False
         self._loss = model.loss_function
-        self._forward, self._head_forward = model.forward, head.forward
-        self._is_unmaking, self._is_reverted = False, False
-        # The closures keep what they wrap as __wrapped__: a Trainer reads the model's signature through it.
-        run = functools.wraps(self._forward)(lambda *args, **kwargs: self._run(*args, **kwargs))
-        unmake = functools.wraps(self._head_forward)(lambda hidden: self._unmake(hidden))
-        self._changed = [(module, new, vars(module).get("forward")) for module, new in ((model, run), (head, unmake))]
-        model.forward, head.forward = run, unmake
+        self._forward: Callable[..., Any] = model.forward if earlier is None else earlier._forward
+        self._before: Any = vars(model).get("forward") if earlier is None else earlier._before
+        if earlier is None:
+            model.forward = MethodType(_forward_of_applied(self._forward), model)
         model.loss_function = self._loss_of_unmade
         model._fastrl_applied = self
+
+    @property
+    def is_reverted(self) -> bool:
+        """Whether the model trains as it was."""
+        return self._is_reverted
 
     def revert(self) -> None:
         """Give the model back its forward and loss, as they were; doing it twice does nothing.
 
-        Where another wrapped our forward since (accelerate's mixed precision), it stays and ours hands through.
+        Where another set a loss or wrapped our forward since (accelerate's mixed precision), that stays, and ours
+        hands through.
         """
         if self._is_reverted:
             return
         self._is_reverted = True
-        for module, ours, before in self._changed:
-            if vars(module).get("forward") is not ours:
-                continue
-            if before is None:
-                del module.forward
-            else:
-                module.forward = before
-        self._model.loss_function = self._loss
+        if self._model.loss_function == self._loss_of_unmade:
+            self._model.loss_function = self._loss
+        if getattr(getattr(self._model.forward, "__func__", None), "_is_of_applied", False) is not True:
+            return
+        if self._before is None:
+            del self._model.forward
+        else:
+            self._model.forward = self._before
         del self._model._fastrl_applied
 
     def __enter__(self) -> Applied:
@@ -132,23 +155,27 @@ class Applied:
     ) -> None:
         self.revert()
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward; its logits are left out of the output where they were not made."""
+        is_plain = self._is_reverted or not self._model.training or kwargs.get("labels") is None
         # A compiled forward keeps the model's own loss: the stand-in is no tensor that a graph could hold.
-        self._is_unmaking = (
-            self._model.training
-            and not self._is_reverted
-            and kwargs.get("labels") is not None
-            and not torch.compiler.is_compiling()
-        )
+        if is_plain or torch.compiler.is_compiling():
+            return self._forward(*args, **kwargs)
+        # Asked for every time: peft, resize_token_embeddings and DeepSpeed change the head behind our back.
+        head: Any = _plain_head(self._model)
+        before = vars(head).get("forward")
+        head.forward = lambda hidden: self._unmake(head, hidden)
         try:
             output = self._forward(*args, **kwargs)
         finally:
-            self._is_unmaking = False
+            if before is None:
+                del head.forward
+            else:
+                head.forward = before
         return _without_unmade(output)
 
-    def _unmake(self, hidden: Tensor) -> Any:
-        return UnmadeLogits(hidden, self._head) if self._is_unmaking else self._head_forward(hidden)
+    def _unmake(self, head: nn.Linear, hidden: Tensor) -> Any:
+        return UnmadeLogits(hidden, head)
 
     def _loss_of_unmade(
         self,
@@ -174,13 +201,13 @@ class Applied:
         if shift_labels is None:
             assert labels is not None
             shift_labels = pad(labels, (-1, 1), value=ignore_index)  # transformers' labels are not shifted yet
-        head = operands(logits.hidden, self._head.weight, self._head.bias)
+        head = operands(logits.hidden, logits.head.weight, logits.head.bias)
         target = shift_labels.flatten().to(head.hidden.device)
         is_read = target != ignore_index
         loss = linear_cross_entropy(
             head.hidden,
             head.weight,
-            target.masked_fill(~is_read, -1),
+            read_target(target, is_read, len(head.weight)),
             token_weight=None if num_items_in_batch is None else is_read.float(),
             bias=head.bias,
             softcap=logits.cap,
@@ -213,18 +240,37 @@ def apply_fastrl(model: Any, *, backend: str | None = None) -> Applied:
     Cost: as `linear_cross_entropy`, 6 N D V over tokens with a label.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if hasattr(inner, "_fastrl_applied"):
+    if hasattr(inner, "_fastrl_applied") and not inner._fastrl_applied.is_reverted:
         raise ValueError("fastrl is applied to this model already: revert() the first one")
     if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "loss_function"):
         raise ValueError(f"{type(inner).__name__} is no model of transformers: pass a PreTrainedModel")
-    head = _plain_head(inner, inner.get_output_embeddings())
+    _plain_head(inner)
     loss = getattr(inner.loss_function, "__name__", "")
     if loss != "ForCausalLMLoss":
         raise ValueError(f"{type(inner).__name__} trains with {loss or 'its own loss'}, not with ForCausalLMLoss")
-    return Applied(inner, head, backend)
+    return Applied(inner, backend)
 
 
-def _plain_head(model: Any, head: Any) -> nn.Linear:
+def _forward_of_applied(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A method for the model in place of `forward`, with its signature, by which a Trainer drops columns.
+
+    A method, because deepcopy binds it to the copy and accelerate wraps it as one; what it does is in the model's
+    Applied.
+    """
+
+    def run(model: Any, *args: Any, **kwargs: Any) -> Any:
+        return model._fastrl_applied.run(*args, **kwargs)
+
+    signature = inspect.signature(forward)
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    named: Any = run
+    named.__name__, named.__doc__, named._is_of_applied = "forward", forward.__doc__, True
+    named.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])
+    return run
+
+
+def _plain_head(model: Any) -> nn.Linear:
+    head = model.get_output_embeddings()
     if hasattr(head, "modules_to_save"):  # peft trains a copy of the whole layer
         head = head.modules_to_save[head.active_adapter]
     if hasattr(head, "lora_A"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -37,6 +39,7 @@ MODELS: dict[str, Any] = {
     "Gemma2": {"final_logit_softcapping": 0.5, "sliding_window": 8},
     "Cohere": {"logit_scale": 0.3},
     "Granite": {"logits_scaling": 4.0},
+    "OPT": {"ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0},
 }
 
 
@@ -113,7 +116,7 @@ def test_logits_are_not_made_in_training_and_are_there_otherwise() -> None:
                 made.append(tuple(found.shape))
             return found
 
-        nn.functional.linear = counted
+        nn.functional.linear = counted  # type: ignore[assignment]
         try:
             output = model.train()(**batch)
             assert "logits" not in output
@@ -234,8 +237,32 @@ def test_lora_that_is_put_on_the_head_afterwards_is_refused_in_the_first_step() 
     model = make_model()
     apply_fastrl(model)
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(AttributeError, match=r"which fastrl does not know"):
+    with pytest.raises(ValueError, match="the head has LoRA"):
         model.train()(**make_batch())
+
+
+def test_a_head_that_is_copied_by_peft_afterwards_is_the_one_that_is_trained() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    expected, got = make_model(), make_model()
+    transformers.set_seed(0)
+    expected = peft.get_peft_model(expected, config)
+    apply_fastrl(got)
+    transformers.set_seed(0)
+    got = peft.get_peft_model(got, config)
+    one, other = loss_and_gradients(expected, **make_batch()), loss_and_gradients(got, **make_batch())
+    torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+    assert got.get_base_model().lm_head.modules_to_save["default"].weight.grad is not None
+
+
+def test_a_vocabulary_that_grows_afterwards_is_trained_whole() -> None:
+    model = make_model()
+    applied = apply_fastrl(model)
+    model.resize_token_embeddings(70, mean_resizing=False)
+    got = loss_and_gradients(model, **make_batch())
+    assert model(**make_batch()).logits is None
+    applied.revert()
+    torch.testing.assert_close(got, loss_and_gradients(model, **make_batch()), rtol=1e-4, atol=1e-5)
 
 
 def test_a_sharded_head_is_refused() -> None:
@@ -270,14 +297,111 @@ def test_applying_twice_is_refused() -> None:
 
 
 @pytest.mark.parametrize("change", [lambda z: z + 1, lambda z: z[:, 1], lambda z: z.softmax(-1), torch.relu,
-                                    lambda z: z * torch.ones(2), lambda z: torch.tanh(torch.tanh(z))])  # fmt: skip
+                                    lambda z: 1 / z, lambda z: z * torch.ones(2), lambda z: torch.tanh(torch.tanh(z))])  # fmt: skip
 def test_a_model_that_does_something_else_to_its_logits_is_refused(change: Any) -> None:
     model = make_model()
     applied = apply_fastrl(model)
     made = applied._unmake
-    applied._unmake = lambda hidden: change(made(hidden))  # type: ignore[method-assign]
-    with pytest.raises((AttributeError, TypeError), match=r"fastrl does not know|UnmadeLogits"):
+    applied._unmake = lambda head, hidden: change(made(head, hidden))  # type: ignore[method-assign]
+    with pytest.raises(AttributeError, match=r"which fastrl does not know: call revert\(\)"):
         model.train()(**make_batch())
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_deep_copy_trains_its_own_weights(is_wrapped: bool) -> None:
+    model, batch = make_model(), make_batch()
+    apply_fastrl(model)
+    if is_wrapped:  # as accelerate does for mixed precision
+        model.forward = MethodType(functools.wraps(model.forward.__func__)(model.forward.__func__), model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(1.5)
+    got = loss_and_gradients(copied, **batch)
+    assert len(got[1]) == len(list(model.parameters()))
+    assert all(x.grad is None for x in model.parameters())
+    copied._fastrl_applied.revert()
+    torch.testing.assert_close(got, loss_and_gradients(copied, **batch), rtol=1e-4, atol=1e-5)
+    assert model.train()(**batch).logits is None
+
+
+def test_a_model_that_was_reverted_under_another_wrapper_can_be_applied_again() -> None:
+    model, batch = make_model(), make_batch()
+    applied = apply_fastrl(model)
+    ours = model.forward
+    model.forward = lambda **inputs: ours(**inputs)
+    applied.revert()
+    with apply_fastrl(model):
+        assert model.train()(**batch).logits is None
+    assert model(**batch).logits is not None
+
+
+def test_a_loss_that_was_set_since_stays() -> None:
+    model = make_model()
+    applied = apply_fastrl(model)
+    model.loss_function = later = lambda logits, labels, **others: logits.sum()
+    applied.revert()
+    assert model.loss_function is later
+
+
+def test_a_label_that_is_no_token_is_refused_as_the_model_does() -> None:
+    model, batch = make_model(), make_batch()
+    batch["labels"][0, 5] = -1
+    with pytest.raises(IndexError, match="out of bounds"):
+        model.train()(**batch)
+    apply_fastrl(model)
+    with pytest.raises(ValueError, match="target holds -1"):
+        model(**batch)
+
+
+def test_a_batch_without_labels_has_loss_0_and_no_gradient() -> None:
+    model, batch = make_model(), make_batch()
+    batch["labels"][:] = -100
+    apply_fastrl(model)
+    for options in ({}, {"num_items_in_batch": 3}):
+        loss, gradients = loss_and_gradients(model, **batch, **options)
+        assert loss == 0
+        assert all(bool((x == 0).all()) for x in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_loss_is_nearer_to_the_truth_than_the_models(dtype: torch.dtype) -> None:
+    model, batch = make_model(), make_batch()
+    with torch.autocast("cpu", dtype):
+        hidden = model.train().model(batch["input_ids"]).last_hidden_state[:, :-1].double()
+        rounded, weight = hidden.to(dtype).double(), model.lm_head.weight.to(dtype).double()
+        plain = model(**batch).loss.double()
+        apply_fastrl(model)
+        got = model(**batch).loss.double()
+    truth = nn.functional.cross_entropy((rounded @ weight.t()).flatten(0, 1), batch["labels"][:, 1:].flatten())
+    assert (got - truth).abs() < 1e-5
+    assert (got - truth).abs() < (plain - truth).abs()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_gradient_checkpointing_changes_nothing() -> None:
+    model = make_model(use_cache=False)
+    model.gradient_checkpointing_enable()
+    assert_same_with_and_without(model, **make_batch())
+
+
+def test_a_compiled_model_keeps_its_own_loss() -> None:
+    model, batch = make_model(), make_batch()
+    expected = loss_and_gradients(model, **batch)
+    apply_fastrl(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(loss_and_gradients(compiled, **batch), expected, rtol=1e-5, atol=1e-5)
+    torch.compiler.reset()
+
+
+def test_a_saved_model_is_the_plain_one(tmp_path: Path) -> None:
+    model, batch = make_model(), make_batch()
+    apply_fastrl(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.train()(**batch).logits is not None
+    expected = loss_and_gradients(model, **batch)
+    torch.testing.assert_close(loss_and_gradients(loaded, **batch), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_copy_of_the_model_is_a_model() -> None:

@@ -26,6 +26,18 @@ def operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Operands:
     return Operands(rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
+def read_target(target: Tensor, is_read: Tensor, vocabulary: int) -> Tensor:
+    """Ids for the ops: -1, which they ignore, where not `is_read`; negative ids elsewhere are refused, not ignored.
+
+    Raises:
+        ValueError: a negative id, on a CPU. On a GPU, where a look would stall it, that is an id out of range.
+    """
+    is_wrong = is_read & (target < 0)
+    if target.device.type == "cpu" and bool(is_wrong.any()):
+        raise ValueError(f"target holds {int(target[is_wrong][0])}, which is neither a token nor the id to ignore")
+    return target.masked_fill(~is_read, -1).masked_fill(is_wrong, vocabulary)
+
+
 def token_logprob(
     head: Operands, target: Tensor, is_read: Tensor, *, temperature: float = 1.0, softcap: float | None = None
 ) -> Tensor:
