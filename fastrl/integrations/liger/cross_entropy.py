@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from fastrl.integrations.liger.head import Operands, operands
+from fastrl.integrations.liger.head import Operands, operands, read_target
 from fastrl.ops import linear_cross_entropy, linear_logprob
 from fastrl.ops.head import chunks, default_chunk_rows
 from fastrl.ops.logit_map import LogitMap
@@ -68,7 +68,9 @@ class LigerFusedLinearCrossEntropyLoss(torch.nn.Module):
         """As in the class."""
         head = operands(_input, lin_weight, bias)
         is_read = target != self.ignore_index
-        safe = target.masked_fill(~is_read, -1)
+        safe = read_target(target, is_read, len(head.weight))
+        if self.ce_weight is not None and self.ce_weight.shape != (len(head.weight),):
+            raise ValueError(f"ce_weight must be [{len(head.weight)}], got shape {tuple(self.ce_weight.shape)}")
         is_plain = self.ce_weight is None and not self.use_token_scaling and self.reduction != "none"
         if is_plain and self.label_smoothing < 1:
             loss = linear_cross_entropy(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastrl.integrations.liger import policy
-from fastrl.integrations.liger.head import Operands, operands, token_logprob
+from fastrl.integrations.liger.head import Operands, operands, read_target, token_logprob
 from fastrl.integrations.liger.policy import Constants, Objective
 from fastrl.ops import linear_token_loss
 
@@ -75,12 +75,15 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """As in the class."""
         objective, mask = self._objective(), attention_mask.float()
+        if mask.shape != selected_token_ids.shape:
+            raise ValueError(
+                f"attention_mask must have the tokens' shape {tuple(selected_token_ids.shape)}, got {tuple(mask.shape)}"
+            )
         head = operands(_input, lin_weight, bias)
         weight = policy.token_weight(objective, mask, num_items_in_batch)
         ref = self._reference(selected_token_ids, weight != 0, ref_per_token_logps, ref_input, ref_weight, ref_bias)
         correction = policy.by_token(vllm_is_ratio, mask)
-        old = None if old_per_token_logps is None else old_per_token_logps.detach().float()
-        constants = Constants(advantages.float()[:, None].expand_as(mask), old, ref, correction, None)
+        constants = policy.constants(advantages, old_per_token_logps, ref, correction, mask)
         if objective.loss_type == "vespo":
             with torch.no_grad():
                 first = token_logprob(head, selected_token_ids, mask != 0, temperature=self.temperature)
@@ -104,7 +107,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         if not self.use_ref_model or (self.beta == 0 and logps is None):
             return None
         if logps is not None:
-            return logps.detach().float()
+            return logps
         if hidden is None or weight is None:
             raise ValueError("use_ref_model needs ref_per_token_logps, or ref_input and ref_weight")
         with torch.no_grad():
@@ -145,7 +148,7 @@ def _single_pass(
     found = linear_token_loss(
         head.hidden,
         head.weight,
-        target.flatten(),
+        read_target(target, weight != 0, len(head.weight)).flatten(),
         loss_fn,
         bias=head.bias,
         temperature=temperature,

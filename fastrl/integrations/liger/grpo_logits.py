@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastrl.integrations.liger import policy
-from fastrl.integrations.liger.policy import Constants, Objective
+from fastrl.integrations.liger.head import read_target
+from fastrl.integrations.liger.policy import Objective
 from fastrl.ops import logits_logprob
 
 
@@ -96,7 +97,7 @@ def triton_grpo_loss(
     correction = policy.by_token(vllm_is_ratio, mask)
     if correction is not None:
         correction = correction.expand_as(mask)
-    constants = Constants(advantages.float()[:, None].expand_as(mask), old_logp, ref_logp, correction, None)
+    constants = policy.constants(advantages, old_logp, ref_logp, correction, mask)
     if loss_type == "vespo":
         constants = policy.with_gamma(objective, logprob, constants, mask)
     ratio = policy.log_ratio(objective, logprob, constants, mask)
@@ -115,7 +116,13 @@ def triton_grpo_loss(
 def _logprob(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
     """[B, L] of ids, 0 where masked; differentiable. The last logits stay in, as a cut would copy all of them."""
     sequences, tokens = ids.shape
-    target = ids if mask is None else ids.masked_fill(mask == 0, -1)
+    if logits.shape[:2] != (sequences, tokens + 1) or (mask is not None and mask.shape != ids.shape):
+        raise ValueError(
+            f"logits must be [{sequences}, {tokens + 1}, V] for ids of shape {tuple(ids.shape)}, and a mask like the "
+            f"ids, got {tuple(logits.shape)} and {None if mask is None else tuple(mask.shape)}"
+        )
+    is_read = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    target = read_target(ids, is_read, logits.shape[-1])
     flat = logits.reshape(sequences * (tokens + 1), logits.shape[-1])
     found = logits_logprob(flat, pad(target, (0, 1), value=-1).flatten(), temperature=temperature).logprob
     return found.reshape(sequences, tokens + 1)[:, :tokens]

@@ -52,12 +52,17 @@ def token_logprob(
 
     Returns:
         float32, nats; differentiable by the head.
+
+    Raises:
+        ValueError: another number of rows than of tokens, or see `read_target`.
     """
+    if len(head.hidden) != target.numel():
+        raise ValueError(f"{len(head.hidden)} hidden states for {target.numel()} tokens of shape {tuple(target.shape)}")
     rows = is_read.flatten().nonzero()[:, 0]
     found = linear_logprob(
         head.hidden[rows],
         head.weight,
-        target.flatten()[rows],
+        read_target(target, is_read, len(head.weight)).flatten()[rows],
         bias=head.bias,
         temperature=temperature,
         softcap=softcap,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrl.integrations.liger.head import operands
+from fastrl.integrations.liger.head import operands, read_target
 from fastrl.ops import linear_divergence
 
 
@@ -67,7 +67,7 @@ class LigerFusedLinearJSDLoss(torch.nn.Module):
             teacher.hidden,
             teacher.weight,
             beta=self.beta,
-            target=true_labels.flatten().masked_fill(~is_read, -1),
+            target=read_target(true_labels.flatten(), is_read, len(student.weight)),
             alpha=self.weight_hard_loss / total if total else 0.0,
             bias=student.bias,
             teacher_bias=teacher.bias,

@@ -48,6 +48,8 @@ class LigerFusedLinearKTOLoss(torch.nn.Module):
         """As in the class."""
         if preference_labels is None:
             raise ValueError("KTO needs preference_labels [B], a bool for each sequence: True where it is desirable")
+        if preference_labels.shape != target.shape[:1]:
+            raise ValueError(f"preference_labels must be [{len(target)}], got shape {tuple(preference_labels.shape)}")
         if kl is not None and kl.numel() != 1:
             raise ValueError(f"kl must be one number for the batch, got shape {tuple(kl.shape)}: pass kl.mean()")
         head = operands(_input, lin_weight, bias)

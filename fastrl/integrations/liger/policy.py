@@ -87,6 +87,23 @@ class Constants(NamedTuple):
         return Constants(*(None if x is None else x.reshape(-1)[index] for x in self))  # type: ignore[arg-type]
 
 
+def constants(
+    advantages: Tensor, old_logprob: Tensor | None, ref_logprob: Tensor | None, correction: Tensor | None, mask: Tensor
+) -> Constants:
+    """advantages [B], log-probabilities [B, T], correction as `by_token` gives it -> Constants, checked.
+
+    Raises:
+        ValueError: another shape, which would be stretched over other tokens than were meant.
+    """
+    given = {"advantages": advantages, "old log-probabilities": old_logprob, "reference log-probabilities": ref_logprob}
+    for name, tensor in given.items():
+        expected = mask.shape[:1] if name == "advantages" else mask.shape
+        if tensor is not None and tensor.shape != expected:
+            raise ValueError(f"{name} must be {list(expected)}, got shape {tuple(tensor.shape)}")
+    old, ref = (None if x is None else x.detach().float() for x in (old_logprob, ref_logprob))
+    return Constants(advantages.detach().float()[:, None].expand_as(mask), old, ref, correction, None)
+
+
 def token_log_ratio(logprob: Tensor, constants: Constants) -> Tensor:
     """l - l_old, with l_old = stop(l) where there is none."""
     old = logprob.detach() if constants.old_logprob is None else constants.old_logprob

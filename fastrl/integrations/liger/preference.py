@@ -81,7 +81,7 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
         ref_bias: Tensor | None = None,
     ) -> Output:
         """As in the class."""
-        head = operands(_input, lin_weight, bias)
+        head = _pairs(_input, lin_weight, bias, target)
         average = partial(sequence_logprob, ignore_index=self.ignore_index, average=self.average_log_prob)
         logprob = average(head, target)
         score = logprob
@@ -123,7 +123,7 @@ class LigerFusedLinearCPOLoss(torch.nn.Module):
 
     def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Output:
         """As in the class."""
-        head = operands(_input, lin_weight, bias)
+        head = _pairs(_input, lin_weight, bias, target)
         logprob = sequence_logprob(head, target, ignore_index=self.ignore_index, average=self.average_log_prob)
         per_pair = losses.sigmoid(*logprob.chunk(2), beta=self.beta, label_smoothing=self.label_smoothing)
         nll = _nll(head, target, logprob, self) if self.compute_nll_loss else None
@@ -158,7 +158,7 @@ class LigerFusedLinearSimPOLoss(torch.nn.Module):
 
     def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Output:
         """As in the class."""
-        head = operands(_input, lin_weight, bias)
+        head = _pairs(_input, lin_weight, bias, target)
         logprob = sequence_logprob(head, target, ignore_index=self.ignore_index, average=True)
         per_pair = losses.simpo(
             *logprob.chunk(2), beta=self.beta, gamma=self.gamma, label_smoothing=self.label_smoothing
@@ -197,7 +197,7 @@ class LigerFusedLinearORPOLoss(torch.nn.Module):
         nll_target: Tensor | None = None,
     ) -> Output:
         """As in the class."""
-        head = operands(_input, lin_weight, bias)
+        head = _pairs(_input, lin_weight, bias, target)
         logprob = sequence_logprob(head, target, ignore_index=self.ignore_index, average=True)
         per_pair = losses.orpo(*logprob.chunk(2), beta=self.beta)
         nll = _nll(head, target, logprob, self, nll_target) if self.compute_nll_loss else None
@@ -211,6 +211,13 @@ class LigerFusedLinearORPOLoss(torch.nn.Module):
 _Pairs = LigerFusedLinearDPOLoss | LigerFusedLinearCPOLoss | LigerFusedLinearSimPOLoss | LigerFusedLinearORPOLoss
 
 
+def _pairs(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Operands:
+    """The head of whole pairs."""
+    if len(target) < 2 or len(target) % 2:
+        raise ValueError(f"target must hold as many chosen sequences as rejected ones after them, got {len(target)}")
+    return operands(hidden, weight, bias)
+
+
 def _nll(head: Operands, target: Tensor, logprob: Tensor, loss: _Pairs, nll_target: Tensor | None = None) -> Tensor:
     """[] mean negative log-likelihood of the chosen sequences' tokens; from `logprob` unless they are others."""
     chosen = len(target) // 2
@@ -221,6 +228,8 @@ def _nll(head: Operands, target: Tensor, logprob: Tensor, loss: _Pairs, nll_targ
         per_sequence = logprob[:chosen] * length if loss.average_log_prob else logprob[:chosen]
         # 0 x NaN: the mean of a sequence without tokens is none, its sum is 0.
         return -per_sequence.where(length > 0, 0.0).sum() / length.sum()
+    if nll_target.shape != target.shape:
+        raise ValueError(f"nll_target must have target's shape {tuple(target.shape)}, got {tuple(nll_target.shape)}")
     rows = Operands(head.hidden[: labels.numel()], head.weight, head.bias)
     total = sequence_logprob(rows, labels, ignore_index=loss.ignore_index, average=False).sum()
     return -total / is_read.sum()
