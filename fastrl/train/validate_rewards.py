@@ -65,12 +65,11 @@ def _find(module: str) -> ModuleSpec | None:
     if not first.isidentifier():
         return None
     spec = find_spec(first)
-    name = first
     for part in rest:
         if spec is None or spec.submodule_search_locations is None:
             return None
-        name = f"{name}.{part}"
-        spec = PathFinder.find_spec(name, spec.submodule_search_locations)
+        # By its bare name: under its full one a folder without __init__.py asks sys.modules for the folder above.
+        spec = PathFinder.find_spec(part, list(spec.submodule_search_locations))
     return spec
 
 

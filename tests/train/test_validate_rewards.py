@@ -28,6 +28,8 @@ def _modules_that_must_not_be_imported(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "fastrl_probe" / "inner").mkdir(parents=True)
     for path in ("fastrl_probe/__init__.py", "fastrl_probe/inner/__init__.py", "fastrl_probe/inner/mine.py", "mine.py"):
         (tmp_path / path).write_text(SOURCE)
+    (tmp_path / "fastrl_folders" / "deep" / "deeper").mkdir(parents=True)  # packages without __init__.py
+    (tmp_path / "fastrl_folders" / "deep" / "deeper" / "mine.py").write_text(SOURCE)
     (tmp_path / "broken.py").write_text("x = 1\ndef f(:\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
@@ -38,6 +40,7 @@ def _modules_that_must_not_be_imported(tmp_path: Path, monkeypatch: pytest.Monke
     [
         *sorted(BUILT_IN.keys() - {"judge", "reward_model", "process_reward_model"}),  # these need options
         "length(limit=200, start=100)",
+        "fastrl_folders.deep.deeper.mine:later",
         "verl:fastrl_probe.inner.mine:later",
         "fastrl_probe.inner.mine:conditional",
         "fastrl_probe:Judge",
