@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import pytest
@@ -15,67 +11,17 @@ import transformers
 from torch import Tensor, nn
 
 from fastrl.integrations.transformers import apply_fastrl
+from tests.integrations.tiny_models import (
+    MODELS,
+    VOCABULARY,
+    assert_same_with_and_without,
+    loss_and_gradients,
+    make_batch,
+    make_model,
+)
 
 # peft asks transformers for a name that it deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-VOCABULARY = 61
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-# What lies between the head's product and the loss: nothing, a cap, a factor, a divisor, a product with both.
-MODELS: dict[str, Any] = {
-    "Qwen3": {},
-    "Llama": {"tie_word_embeddings": True},
-    "Gemma2": {"final_logit_softcapping": 0.5, "sliding_window": 8},
-    "Cohere": {"logit_scale": 0.3},
-    "Granite": {"logits_scaling": 4.0},
-    "OPT": {"ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0},
-}
-
-
-def make_model(kind: str = "Qwen3", spread: float = 3.0, **changes: Any) -> Any:
-    transformers.set_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**SIZES | MODELS.get(kind, {}) | changes)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    with torch.no_grad():  # logits far from 0: a cap or a scale that was left out would show
-        for parameter in model.parameters():
-            parameter.mul_(spread)
-    return model
-
-
-def make_batch(rows: int = 3, tokens: int = 11) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, VOCABULARY, (rows, tokens), generator=generator)
-    labels = ids.clone()
-    labels[:, :3] = -100
-    labels[1, 7:] = -100
-    return {"input_ids": ids, "labels": labels}
-
-
-def loss_and_gradients(model: Any, **inputs: Any) -> tuple[Tensor, list[Tensor]]:
-    model.train()
-    model.zero_grad()
-    loss = model(**inputs).loss
-    loss.backward()
-    return loss.detach(), [x.grad.clone() for x in model.parameters() if x.grad is not None]
-
-
-def assert_same_with_and_without(model: Any, **inputs: Any) -> None:
-    expected = loss_and_gradients(model, **inputs)
-    with apply_fastrl(model):
-        got = loss_and_gradients(model, **inputs)
-    torch.testing.assert_close(got[0], expected[0], rtol=1e-6, atol=0)
-    torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -146,27 +92,6 @@ def test_a_tuple_output_keeps_its_places() -> None:
     assert logits is None
 
 
-def test_revert_gives_back_the_very_functions() -> None:
-    model = make_model()
-    before = (model.loss_function, inspect.signature(model.forward))
-    applied = apply_fastrl(model)
-    assert inspect.signature(model.forward) == before[1]  # a Trainer drops columns by it
-    applied.revert()
-    applied.revert()
-    assert (model.loss_function, inspect.signature(model.forward)) == before
-    assert "forward" not in vars(model) | vars(model.lm_head)
-    assert model.train()(**make_batch()).logits is not None
-
-
-def test_revert_leaves_a_forward_that_was_wrapped_since() -> None:
-    model, batch = make_model(), make_batch()
-    applied = apply_fastrl(model)
-    ours = model.forward
-    model.forward = lambda **inputs: ours(**inputs)
-    applied.revert()
-    assert model.train()(**batch).logits is not None
-
-
 class Rows(torch.utils.data.Dataset[dict[str, list[int]]]):
     """40 rows whose numbers of labels differ, so that means of means would show."""
 
@@ -232,39 +157,6 @@ def test_lora_on_the_head_is_refused() -> None:
         apply_fastrl(model)
 
 
-def test_lora_that_is_put_on_the_head_afterwards_is_refused_in_the_first_step() -> None:
-    peft = pytest.importorskip("peft")
-    model = make_model()
-    apply_fastrl(model)
-    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(ValueError, match="the head has LoRA"):
-        model.train()(**make_batch())
-
-
-def test_a_head_that_is_copied_by_peft_afterwards_is_the_one_that_is_trained() -> None:
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
-    expected, got = make_model(), make_model()
-    transformers.set_seed(0)
-    expected = peft.get_peft_model(expected, config)
-    apply_fastrl(got)
-    transformers.set_seed(0)
-    got = peft.get_peft_model(got, config)
-    one, other = loss_and_gradients(expected, **make_batch()), loss_and_gradients(got, **make_batch())
-    torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
-    assert got.get_base_model().lm_head.modules_to_save["default"].weight.grad is not None
-
-
-def test_a_vocabulary_that_grows_afterwards_is_trained_whole() -> None:
-    model = make_model()
-    applied = apply_fastrl(model)
-    model.resize_token_embeddings(70, mean_resizing=False)
-    got = loss_and_gradients(model, **make_batch())
-    assert model(**make_batch()).logits is None
-    applied.revert()
-    torch.testing.assert_close(got, loss_and_gradients(model, **make_batch()), rtol=1e-4, atol=1e-5)
-
-
 def test_a_sharded_head_is_refused() -> None:
     model = make_model()
     model.lm_head.weight.ds_id = 0  # what DeepSpeed ZeRO-3 marks its parameters with
@@ -288,16 +180,9 @@ def test_other_heads_models_and_losses_are_refused() -> None:
         apply_fastrl(model)
 
 
-def test_applying_twice_is_refused() -> None:
-    model = make_model()
-    with apply_fastrl(model), pytest.raises(ValueError, match="applied to this model already"):
-        apply_fastrl(model)
-    with apply_fastrl(model):
-        pass
-
-
 @pytest.mark.parametrize("change", [lambda z: z + 1, lambda z: z[:, 1], lambda z: z.softmax(-1), torch.relu,
-                                    lambda z: 1 / z, lambda z: z * torch.ones(2), lambda z: torch.tanh(torch.tanh(z))])  # fmt: skip
+                                    lambda z: 1 / z, lambda z: z * torch.ones(2),
+                                    lambda z: torch.tanh(torch.tanh(z))])  # fmt: skip
 def test_a_model_that_does_something_else_to_its_logits_is_refused(change: Any) -> None:
     model = make_model()
     applied = apply_fastrl(model)
@@ -305,43 +190,6 @@ def test_a_model_that_does_something_else_to_its_logits_is_refused(change: Any) 
     applied._unmake = lambda head, hidden: change(made(head, hidden))  # type: ignore[method-assign]
     with pytest.raises(AttributeError, match=r"which fastrl does not know: call revert\(\)"):
         model.train()(**make_batch())
-
-
-@pytest.mark.parametrize("is_wrapped", [False, True])
-def test_a_deep_copy_trains_its_own_weights(is_wrapped: bool) -> None:
-    model, batch = make_model(), make_batch()
-    apply_fastrl(model)
-    if is_wrapped:  # as accelerate does for mixed precision
-        model.forward = MethodType(functools.wraps(model.forward.__func__)(model.forward.__func__), model)
-    copied = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in copied.parameters():
-            parameter.mul_(1.5)
-    got = loss_and_gradients(copied, **batch)
-    assert len(got[1]) == len(list(model.parameters()))
-    assert all(x.grad is None for x in model.parameters())
-    copied._fastrl_applied.revert()
-    torch.testing.assert_close(got, loss_and_gradients(copied, **batch), rtol=1e-4, atol=1e-5)
-    assert model.train()(**batch).logits is None
-
-
-def test_a_model_that_was_reverted_under_another_wrapper_can_be_applied_again() -> None:
-    model, batch = make_model(), make_batch()
-    applied = apply_fastrl(model)
-    ours = model.forward
-    model.forward = lambda **inputs: ours(**inputs)
-    applied.revert()
-    with apply_fastrl(model):
-        assert model.train()(**batch).logits is None
-    assert model(**batch).logits is not None
-
-
-def test_a_loss_that_was_set_since_stays() -> None:
-    model = make_model()
-    applied = apply_fastrl(model)
-    model.loss_function = later = lambda logits, labels, **others: logits.sum()
-    applied.revert()
-    assert model.loss_function is later
 
 
 def test_a_label_that_is_no_token_is_refused_as_the_model_does() -> None:
@@ -383,29 +231,3 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     model = make_model(use_cache=False)
     model.gradient_checkpointing_enable()
     assert_same_with_and_without(model, **make_batch())
-
-
-def test_a_compiled_model_keeps_its_own_loss() -> None:
-    model, batch = make_model(), make_batch()
-    expected = loss_and_gradients(model, **batch)
-    apply_fastrl(model)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(loss_and_gradients(compiled, **batch), expected, rtol=1e-5, atol=1e-5)
-    torch.compiler.reset()
-
-
-def test_a_saved_model_is_the_plain_one(tmp_path: Path) -> None:
-    model, batch = make_model(), make_batch()
-    apply_fastrl(model)
-    model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path)
-    assert loaded.train()(**batch).logits is not None
-    expected = loss_and_gradients(model, **batch)
-    torch.testing.assert_close(loss_and_gradients(loaded, **batch), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_copy_of_the_model_is_a_model() -> None:
-    model = make_model()
-    applied = apply_fastrl(model)
-    applied.revert()
-    assert_same_with_and_without(copy.deepcopy(model), **make_batch())

@@ -1,0 +1,144 @@
+"""What happens to a model that fastrl was applied to: copied, wrapped, adapted, resized, saved, compiled, reverted."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from pathlib import Path
+from types import MethodType
+
+import pytest
+import torch
+import transformers
+
+from fastrl.integrations.transformers import apply_fastrl
+from tests.integrations.tiny_models import assert_same_with_and_without, loss_and_gradients, make_batch, make_model
+
+# peft asks transformers for a name that it deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def test_revert_gives_back_the_very_functions() -> None:
+    model = make_model()
+    before = (model.loss_function, inspect.signature(model.forward))
+    applied = apply_fastrl(model)
+    assert inspect.signature(model.forward) == before[1]  # a Trainer drops columns by it
+    applied.revert()
+    applied.revert()
+    assert (model.loss_function, inspect.signature(model.forward)) == before
+    assert "forward" not in vars(model) | vars(model.lm_head)
+    assert model.train()(**make_batch()).logits is not None
+
+
+def test_revert_leaves_a_forward_that_was_wrapped_since() -> None:
+    model, batch = make_model(), make_batch()
+    applied = apply_fastrl(model)
+    ours = model.forward
+    model.forward = lambda **inputs: ours(**inputs)
+    applied.revert()
+    assert model.train()(**batch).logits is not None
+
+
+def test_lora_that_is_put_on_the_head_afterwards_is_refused_in_the_first_step() -> None:
+    peft = pytest.importorskip("peft")
+    model = make_model()
+    apply_fastrl(model)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match="the head has LoRA"):
+        model.train()(**make_batch())
+
+
+def test_a_head_that_is_copied_by_peft_afterwards_is_the_one_that_is_trained() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    expected, got = make_model(), make_model()
+    transformers.set_seed(0)
+    expected = peft.get_peft_model(expected, config)
+    apply_fastrl(got)
+    transformers.set_seed(0)
+    got = peft.get_peft_model(got, config)
+    one, other = loss_and_gradients(expected, **make_batch()), loss_and_gradients(got, **make_batch())
+    torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+    assert got.get_base_model().lm_head.modules_to_save["default"].weight.grad is not None
+
+
+def test_a_vocabulary_that_grows_afterwards_is_trained_whole() -> None:
+    model = make_model()
+    applied = apply_fastrl(model)
+    model.resize_token_embeddings(70, mean_resizing=False)
+    got = loss_and_gradients(model, **make_batch())
+    assert model(**make_batch()).logits is None
+    applied.revert()
+    torch.testing.assert_close(got, loss_and_gradients(model, **make_batch()), rtol=1e-4, atol=1e-5)
+
+
+def test_applying_twice_is_refused() -> None:
+    model = make_model()
+    with apply_fastrl(model), pytest.raises(ValueError, match="applied to this model already"):
+        apply_fastrl(model)
+    with apply_fastrl(model):
+        pass
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_deep_copy_trains_its_own_weights(is_wrapped: bool) -> None:
+    model, batch = make_model(), make_batch()
+    apply_fastrl(model)
+    if is_wrapped:  # as accelerate does for mixed precision
+        model.forward = MethodType(functools.wraps(model.forward.__func__)(model.forward.__func__), model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(1.5)
+    got = loss_and_gradients(copied, **batch)
+    assert len(got[1]) == len(list(model.parameters()))
+    assert all(x.grad is None for x in model.parameters())
+    copied._fastrl_applied.revert()
+    torch.testing.assert_close(got, loss_and_gradients(copied, **batch), rtol=1e-4, atol=1e-5)
+    assert model.train()(**batch).logits is None
+
+
+def test_a_model_that_was_reverted_under_another_wrapper_can_be_applied_again() -> None:
+    model, batch = make_model(), make_batch()
+    applied = apply_fastrl(model)
+    ours = model.forward
+    model.forward = lambda **inputs: ours(**inputs)
+    applied.revert()
+    with apply_fastrl(model):
+        assert model.train()(**batch).logits is None
+    assert model(**batch).logits is not None
+
+
+def test_a_loss_that_was_set_since_stays() -> None:
+    model = make_model()
+    applied = apply_fastrl(model)
+    model.loss_function = later = lambda logits, labels, **others: logits.sum()
+    applied.revert()
+    assert model.loss_function is later
+
+
+def test_a_compiled_model_keeps_its_own_loss() -> None:
+    model, batch = make_model(), make_batch()
+    expected = loss_and_gradients(model, **batch)
+    apply_fastrl(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(loss_and_gradients(compiled, **batch), expected, rtol=1e-5, atol=1e-5)
+    torch.compiler.reset()
+
+
+def test_a_saved_model_is_the_plain_one(tmp_path: Path) -> None:
+    model, batch = make_model(), make_batch()
+    apply_fastrl(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.train()(**batch).logits is not None
+    expected = loss_and_gradients(model, **batch)
+    torch.testing.assert_close(loss_and_gradients(loaded, **batch), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_of_the_model_is_a_model() -> None:
+    model = make_model()
+    applied = apply_fastrl(model)
+    applied.revert()
+    assert_same_with_and_without(copy.deepcopy(model), **make_batch())
