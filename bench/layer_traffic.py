@@ -1,4 +1,4 @@
-"""Counts what a decoder layer reads, writes, keeps and launches: `python -m bench.layer_traffic`.
+"""Counts what a decoder layer reads, writes, keeps and launches: `TRITON_INTERPRET=1 python -m bench.layer_traffic`.
 
 A layer's cost for one token is linear in D, in I and in (heads + kv_heads) head_dim. Two models that differ in one of
 them, less the same two with one layer fewer, give its coefficient. Nothing is timed, so any machine gives the same.
@@ -7,11 +7,14 @@ The figures stand in `fastrl.plan.layers`; a test compares.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton.runtime.interpreter
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 
 from fastrl.data.pack import TokenSequence, pack
 from fastrl.train.model import hidden_states, make_packed
+from fastrl.train.native_layers import LayerKernels
 
 SEQUENCES, POSITIONS = 1, 256  # one sequence: attention over several is bucketed on a CPU, which copies
 PRODUCTS = ("aten.mm", "addmm", "bmm", "attention", "linear", "flash")
@@ -60,9 +64,29 @@ class Traffic(TorchDispatchMode):
         if not any(view in name for view in VIEWS):
             self.launches += 1
             if not any(product in name for product in PRODUCTS):
-                tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
-                self.bytes += sum(x.numel() * x.element_size() for x in tensors)
+                self.move(args, kwargs, result)
         return result
+
+    def move(self, *values: Any) -> None:
+        """Add up the tensors among `values`."""
+        self.bytes += sum(x.numel() * x.element_size() for x in tree_leaves(values) if isinstance(x, Tensor))
+
+
+@contextmanager
+def kernels_counted(traffic: Traffic) -> Iterator[None]:
+    """Interpreted Triton kernels inside the block are counted as operators are, and do not run: no value is read."""
+    executor = triton.runtime.interpreter.GridExecutor
+    run = executor.__call__
+
+    def count(self: Any, *args: Any, **options: Any) -> None:
+        traffic.launches += 1
+        traffic.move(args)
+
+    executor.__call__ = count
+    try:
+        yield
+    finally:
+        executor.__call__ = run
 
 
 def qwen3(hidden: int, intermediate: int, heads: int, kv_heads: int, layers: int) -> PreTrainedModel:
@@ -75,15 +99,18 @@ def llama(hidden: int, intermediate: int, heads: int, kv_heads: int, layers: int
     return LlamaForCausalLM(LlamaConfig(**_sizes(hidden, intermediate, heads, kv_heads, layers)))
 
 
-def coefficients(make: Callable[..., PreTrainedModel], dtype: torch.dtype) -> dict[str, Counted]:
+def coefficients(
+    make: Callable[..., PreTrainedModel], dtype: torch.dtype, layers: LayerKernels = "transformers"
+) -> dict[str, Counted]:
     """What one more unit of D, I, heads * head_dim and kv_heads * head_dim costs, and one layer's launches.
 
     Args:
         make: (hidden, intermediate, heads, kv_heads, layers) -> model.
         dtype: float32 on a CPU runs the native layers where they are built.
+        layers: "triton" needs TRITON_INTERPRET=1, set before anything imports triton.
     """
     base = (128, 256, 4, 2)
-    plain = _of_a_layer(make, base, dtype)
+    plain = _of_a_layer(make, base, dtype, layers)
     wider = {
         "hidden": ((256, 256, 4, 2), 128),
         "intermediate": ((128, 512, 4, 2), 256),
@@ -92,7 +119,7 @@ def coefficients(make: Callable[..., PreTrainedModel], dtype: torch.dtype) -> di
     }
     found = {}
     for name, (sizes, units) in wider.items():
-        other = _of_a_layer(make, sizes, dtype)
+        other = _of_a_layer(make, sizes, dtype, layers)
         found[name] = Counted(
             forward=(other.forward - plain.forward) / units,
             backward=(other.backward - plain.backward) / units,
@@ -102,8 +129,10 @@ def coefficients(make: Callable[..., PreTrainedModel], dtype: torch.dtype) -> di
     return found
 
 
-def _of_a_layer(make: Callable[..., PreTrainedModel], sizes: tuple[int, ...], dtype: torch.dtype) -> Counted:
-    more, less = _counted(make(*sizes, 3), dtype), _counted(make(*sizes, 2), dtype)
+def _of_a_layer(
+    make: Callable[..., PreTrainedModel], sizes: tuple[int, ...], dtype: torch.dtype, layers: LayerKernels
+) -> Counted:
+    more, less = (_counted(make(*sizes, depth), dtype, layers) for depth in (3, 2))
     return Counted(
         forward=more.forward - less.forward,
         backward=more.backward - less.backward,
@@ -112,8 +141,8 @@ def _of_a_layer(make: Callable[..., PreTrainedModel], sizes: tuple[int, ...], dt
     )
 
 
-def _counted(model: PreTrainedModel, dtype: torch.dtype) -> Counted:
-    make_packed(model.to(dtype), device="cpu", attn_implementation="auto", gradient_checkpointing=False)
+def _counted(model: PreTrainedModel, dtype: torch.dtype, layers: LayerKernels) -> Counted:
+    make_packed(model.to(dtype), device="cpu", attn_implementation="auto", gradient_checkpointing=False, layers=layers)
     ids = [i % 60 for i in range(POSITIONS + 1)]
     sequences = [TokenSequence(ids, [0.0] + POSITIONS * [1.0]) for _ in range(SEQUENCES)]
     (batch,) = pack(sequences, token_budget=SEQUENCES * POSITIONS)
@@ -129,9 +158,9 @@ def _counted(model: PreTrainedModel, dtype: torch.dtype) -> Counted:
         return x
 
     tokens = SEQUENCES * POSITIONS
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), Traffic() as forward:
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), Traffic() as forward, kernels_counted(forward):
         loss = hidden_states(model, batch).float().sum()
-    with Traffic() as backward:
+    with Traffic() as backward, kernels_counted(backward):
         loss.backward()  # type: ignore[no-untyped-call]
     return Counted(
         forward=forward.bytes / tokens,
@@ -155,11 +184,14 @@ def _sizes(hidden: int, intermediate: int, heads: int, kv_heads: int, layers: in
 
 
 def main() -> None:
-    """Print the coefficients of both families in both precisions."""
-    for dtype in (torch.bfloat16, torch.float32):
+    """Print the coefficients of both families, of the Triton layers too where they are interpreted."""
+    kinds: list[tuple[torch.dtype, LayerKernels]] = [(torch.bfloat16, "transformers"), (torch.float32, "transformers")]
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        kinds.append((torch.bfloat16, "triton"))
+    for dtype, layers in kinds:
         for make in (qwen3, llama):
-            print(f"\n{make.__name__}, {dtype}".replace("torch.", ""))
-            for name, each in coefficients(make, dtype).items():
+            print(f"\n{make.__name__}, {dtype}, {layers}".replace("torch.", ""))
+            for name, each in coefficients(make, dtype, layers).items():
                 print(f"  {name:14} forward {each.forward:6.1f}  backward {each.backward:6.1f}  kept {each.kept:5.1f}")
             print(f"  kernels of a layer {each.launches:.0f}")
 

@@ -31,6 +31,7 @@ from fastrl.ops import (
     token_objective,
 )
 from fastrl.ops.backend import BACKENDS
+from fastrl.ops.layers import rms_norm, rotary, swiglu
 from fastrl.ops.linear_topk_divergence import TopTokens
 from fastrl.testing import ValueAndGrads, double, error, linear_logprob_inputs, magnitude, value_and_grads
 
@@ -210,6 +211,28 @@ def _groups(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return reward.to(device, dtype), torch.randint(groups, (size,), generator=generator).to(device)
 
 
+def _norm(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rows, width = (16_384, 1024) if device == "cuda" else (7, 33)
+    x, weight = torch.randn(rows + 1, width, generator=torch.Generator().manual_seed(0)).split([rows, 1])
+    return x.to(device, dtype), weight[0].to(device, dtype)
+
+
+def _gate_and_up(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rows, width = (4096, 3072) if device == "cuda" else (7, 33)
+    gate, up = torch.randn(2, rows, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    return gate, up
+
+
+def _heads(device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """query, key, cos, sin."""
+    rows, heads, width = (4096, 16, 128) if device == "cuda" else (7, 4, 6)
+    x = torch.randn(rows, heads + heads // 2, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    angle = torch.outer(torch.arange(rows) % 1000, 10000.0 ** -torch.linspace(0, 1, width // 2))
+    turned = torch.cat([angle, angle], dim=-1).to(device)
+    query, key = x.split([heads, heads // 2], dim=1)
+    return query.contiguous(), key.contiguous(), turned.cos().to(dtype), turned.sin().to(dtype)
+
+
 # Calls
 
 
@@ -282,4 +305,7 @@ CASES = (
     Case("group_advantage", group_advantage, _groups, ()),
     Case("reverse_scan", reverse_scan, _scan, (0, 1)),
     Case("gae", gae, _rewards_and_values, ()),
+    Case("rms_norm", partial(rms_norm, epsilon=1e-6), _norm, (0, 1), HEAD_DTYPES),
+    Case("swiglu", swiglu, _gate_and_up, (0, 1), HEAD_DTYPES),
+    Case("rotary", rotary, _heads, (0, 1), HEAD_DTYPES),
 )

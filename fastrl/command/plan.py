@@ -11,6 +11,7 @@ from typing import Any
 from fastrl.command.settings import Refused
 from fastrl.plan.communication import transfers
 from fastrl.plan.cost import mfu, step_seconds, training_terms
+from fastrl.plan.layers import BFLOAT16, LAYERS, LayerCost
 from fastrl.plan.lengths import Lengths
 from fastrl.plan.machine import GIB, MACHINES, Machine, machine_of
 from fastrl.plan.memory import largest_micro_batch, training_memory
@@ -28,7 +29,8 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(list(arguments))
     try:
         machine = machine_of(options.gpu)
-        plans = [plan(_workload(options), machine, ranks=ranks) for ranks in options.gpus]
+        layer = LAYERS[options.layers]
+        plans = [plan(_workload(options), machine, ranks=ranks, layer=layer) for ranks in options.gpus]
     except ValueError as error:
         raise Refused(f"fastrl plan: {error}") from None
     if options.json:
@@ -38,20 +40,23 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def plan(work: Workload, machine: Machine, *, ranks: int) -> dict[str, Any]:
+def plan(work: Workload, machine: Machine, *, ranks: int, layer: LayerCost = BFLOAT16) -> dict[str, Any]:
     """All figures of one step on `ranks` processors, each with the whole model and its own share of the prompts.
 
     With several ranks the optimizer's state is shared out. Nothing of the communication is assumed to overlap.
 
+    Args:
+        layer: what a layer costs beside its products.
+
     Raises:
         ValueError: what cannot fit.
     """
-    terms = training_terms(work)
+    terms = training_terms(work, layer)
     training = step_seconds(terms, machine)
-    memory = training_memory(work, ranks=ranks)
-    largest = largest_micro_batch(work, machine.memory, ranks=ranks)
+    memory = training_memory(work, layer, ranks=ranks)
+    largest = largest_micro_batch(work, machine.memory, layer, ranks=ranks)
     if largest == 0:
-        short = sum(training_memory(replace(work, micro_tokens=1024), ranks=ranks).values()) / GIB
+        short = sum(training_memory(replace(work, micro_tokens=1024), layer, ranks=ranks).values()) / GIB
         raise ValueError(
             f"{short:.0f} GiB are needed with 1,024 tokens and {machine.name} has {machine.memory / GIB:.0f}: "
             "take --checkpointing, more --gpus, LoRA, or a smaller model"
@@ -124,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--generations", type=int, default=8, help="completions of a group")
     add("--without_signal", type=float, default=0.0, help="share of the completions with advantage 0")
     add("--micro_tokens", type=int, default=16_384, help="packing.token_budget")
+    add("--layers", choices=tuple(LAYERS), default="transformers", help="kernels.layers")
     add("--checkpointing", action="store_true", help="keep only each layer's input for the backward pass")
     add("--reference", action="store_true", help="a KL to a frozen reference")
     add("--old_passes", type=int, choices=(0, 1), default=0, help="1 with several updates for each batch")

@@ -69,6 +69,21 @@ BFLOAT16 = LayerCost(
     launches=125,
     launches_qk_norm=173,
 )
+# `kernels.layers: triton` in bfloat16: one kernel each for norm, rotation and the feed-forward's product.
+TRITON_BFLOAT16 = LayerCost(
+    element=2,
+    hidden=63.0,
+    intermediate=16.0,
+    heads=54.7,
+    heads_qk_norm=64.9,
+    kept_hidden=8.0,
+    kept_intermediate=6.0,
+    kept_heads=5.4,
+    kept_heads_qk_norm=7.5,
+    launches=62,
+    launches_qk_norm=68,
+)
+LAYERS = {"transformers": BFLOAT16, "triton": TRITON_BFLOAT16}  # on a GPU, by `kernels.layers`
 # `fastrl.train.native_layers` in float32 on a CPU.
 NATIVE_FLOAT32 = LayerCost(
     element=4,

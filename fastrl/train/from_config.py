@@ -52,6 +52,7 @@ def score_model_of(config: TrainConfig) -> PreTrainedModel:
         gradient_checkpointing=config.gradient_checkpointing,
         trust_remote_code=config.trust_remote_code,
         load_in_4bit=config.load_in_4bit,
+        layers=config.kernels.layers,
         new_head=None if has_score_head(path) else 1.0,
         seed=config.seed,
     )
@@ -90,6 +91,7 @@ def _base_of(config: TrainConfig, *, gradient_checkpointing: bool) -> PreTrained
         gradient_checkpointing=gradient_checkpointing,
         trust_remote_code=config.trust_remote_code,
         load_in_4bit=config.load_in_4bit,
+        layers=config.kernels.layers,
     )
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastrl.train.attention import Implementation, packing, use_packed_attention
 from fastrl.train.lora import as_in_forward
 from fastrl.train.model_directory import TOKENIZER_FILES, check_weight_files, has_tokenizer, json_file, model_directory
-from fastrl.train.native_layers import use_native_layers
+from fastrl.train.native_layers import LayerKernels, use_native_layers, use_triton_layers
 from fastrl.train.progress_bars import without_load_report
 from fastrl.train.quantize import four_bit, keep_differentiable
 from fastrl.types import Head, TokenBatch
@@ -32,6 +32,7 @@ def load_model(
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
     load_in_4bit: bool = False,
+    layers: LayerKernels = "transformers",
 ) -> PreTrainedModel:
     """Read a causal language model from a Hugging Face directory and make it take packed batches.
 
@@ -44,11 +45,12 @@ def load_model(
         dtype: of the weights and of the computation; `fastrl.train.optimizer` keeps float32 masters.
         attn_implementation: "auto" is torch's varlen kernel where it can run and bucketed SDPA elsewhere.
         load_in_4bit: quantise the linear layers while reading (`fastrl.train.quantize`); only adapters train then.
+        layers: whose small operators run on a GPU (`KernelsBlock.layers`).
 
     Raises:
         ValueError: no such directory, no configuration, weights or tokenizer that do not fit, remote code without
             `trust_remote_code`, or a family whose sequences cannot be packed.
-        RuntimeError: the attention asked for cannot run on this machine.
+        RuntimeError: the attention or the layers asked for cannot run on this machine.
     """
     directory = model_directory(path, trust_remote_code=trust_remote_code)
     check_weight_files(directory)
@@ -68,7 +70,11 @@ def load_model(
     keep_differentiable(model)
     check_weights(model, report, directory)
     make_packed(
-        model, device=device, attn_implementation=attn_implementation, gradient_checkpointing=gradient_checkpointing
+        model,
+        device=device,
+        attn_implementation=attn_implementation,
+        gradient_checkpointing=gradient_checkpointing,
+        layers=layers,
     )
     check_packing(model)
     return model  # type: ignore[no-any-return]
@@ -94,12 +100,16 @@ def make_packed(
     device: torch.device | str,
     attn_implementation: Implementation,
     gradient_checkpointing: bool,
+    layers: LayerKernels = "transformers",
 ) -> None:
-    """Put a fresh model on its device, without dropout, with packed attention and native layers; arguments as above."""
+    """Put a fresh model on its device, without dropout, with packed attention and fused layers; arguments as above."""
     model.to(device).eval()  # type: ignore[arg-type]
     turn_off_dropout(model)
     use_packed_attention(model, attn_implementation)
-    use_native_layers(model)
+    if layers == "triton":
+        use_triton_layers(model)
+    else:
+        use_native_layers(model)
     if gradient_checkpointing:
         checkpoint_activations(model)
 

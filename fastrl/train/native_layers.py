@@ -1,17 +1,18 @@
-"""Norms, feed-forward products and rotations of Llama-like layers through fastrl._C: float32 on a CPU, same values.
+"""Llama-like layers whose small operators are one kernel each: fastrl._C on a CPU, Triton on a GPU; same values.
 
-At a few hundred columns a layer's matrix products take less time than the small operators between them. Each of the
-three here replaces five to ten of those, forward and backward. A replaced module keeps its parameters, their names and
-its projections (so adapters still apply), and runs transformers' own code for any other precision or device.
+Where a layer's matrix products are narrow they take less time than the small operators between them. Each of the
+three here (norm, feed-forward product, rotation) replaces five to ten of those, forward and backward. A replaced
+module keeps its parameters, their names and its projections (so adapters still apply), and runs transformers' own code
+for a precision or a device that its kernels do not know.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -20,9 +21,10 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Q
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm
 
 from fastrl.ops.backend import Implementations, choose
+from fastrl.ops.layers import DTYPES, KERNELS, OPERATORS, gated, layers, normed, turned
 from fastrl.train.attention import REGISTERED
 
-OPERATORS = ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rotary")
+LayerKernels = Literal["transformers", "triton"]
 
 
 def use_native_layers(model: PreTrainedModel) -> int:
@@ -36,109 +38,72 @@ def use_native_layers(model: PreTrainedModel) -> int:
     """
     if model.device.type != "cpu" or model.dtype != torch.float32 or not _is_built(next(model.parameters())):
         return 0
-    changed = 0
-    for module in model.modules():
-        native = _NATIVE.get(type(module))
-        if native is None or (issubclass(native, _NativeMLP) and type(module.act_fn) is not type(ACT2FN["silu"])):
-            continue
-        module.__class__ = native
-        changed += 1
+    return _replace(model, "native")
+
+
+def use_triton_layers(model: PreTrainedModel) -> int:
+    """Let the same layers of a model on a GPU run in Triton; sums and products in f32, rounded once.
+
+    Returns:
+        The number of modules that changed.
+
+    Raises:
+        RuntimeError: Triton cannot run on the model's device, or in its precision.
+        ValueError: the model has no layer that is known.
+    """
+    remedy = "set kernels.layers to transformers"
+    try:
+        choose("triton", next(model.parameters()), Implementations("the layers", triton=KERNELS))
+    except RuntimeError as error:
+        raise RuntimeError(f"kernels.layers: {error}; {remedy}") from None
+    if model.dtype not in DTYPES["triton"]:
+        raise RuntimeError(f"kernels.layers: triton is for bfloat16, float16 and float32, not {model.dtype}; {remedy}")
+    changed = _replace(model, "triton")
+    if not any(type(module) in _NATIVE.values() for module in model.modules()):
+        raise ValueError(
+            f"kernels.layers: triton knows the layers of Llama, Qwen2 and Qwen3, not {type(model).__name__}'s; {remedy}"
+        )
     return changed
 
 
-def rms_norm(x: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:
-    """x / sqrt(mean(x^2) + epsilon) * weight, over the last axis.
-
-    Args:
-        x: [..., D] float32 on the CPU; differentiable.
-        weight: [D]; differentiable.
-    """
-    result: Tensor = _RMSNorm.apply(x, weight, epsilon)
-    return result
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up; both float32 on the CPU, of one shape, differentiable."""
-    result: Tensor = _SwiGLU.apply(gate, up)
-    return result
-
-
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 the halves of a head.
-
-    Args:
-        x: [T, H, d] float32 on the CPU; differentiable.
-        cos, sin: [T, d], both halves alike; constant.
-    """
-    result: Tensor = _Rotary.apply(x, cos, sin)
-    return result
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        x, weight = x.contiguous(), weight.contiguous()
-        y, scale = torch.ops.fastrl.rms_norm(x, weight, epsilon)
-        ctx.save_for_backward(x, weight, scale)
-        return y  # type: ignore[no-any-return]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        dx, dweight = torch.ops.fastrl.rms_norm_backward(grad.contiguous(), *ctx.saved_tensors)
-        return dx, dweight, None
-
-
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
-        width = gate.shape[-1]
-        return torch.ops.fastrl.swiglu(gate.view(-1, width), up.view(-1, width)).view_as(gate)  # type: ignore[no-any-return]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastrl.swiglu_backward(grad.contiguous(), *ctx.saved_tensors)  # type: ignore[no-any-return]
-
-
-class _Rotary(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return torch.ops.fastrl.rotary(x.contiguous(), cos, sin, False)  # type: ignore[no-any-return]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return torch.ops.fastrl.rotary(grad.contiguous(), *ctx.saved_tensors, True), None, None
+def _replace(model: PreTrainedModel, backend: str) -> int:
+    changed = 0
+    for module in model.modules():
+        native = type(module) if type(module) in _NATIVE.values() else _NATIVE.get(type(module))
+        if native is None or (issubclass(native, _NativeMLP) and type(module.act_fn) is not type(ACT2FN["silu"])):
+            continue
+        changed += (type(module), module.__dict__.get("backend")) != (native, backend)
+        module.__class__ = native
+        module.backend = backend
+    return changed
 
 
 class _NativeNorm:
     weight: nn.Parameter
     variance_epsilon: float
+    backend: str
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if not _is_native(hidden_states, self.weight):
+        if not _knows(self.backend, hidden_states, self.weight):
             return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
-        return rms_norm(hidden_states, self.weight, epsilon=self.variance_epsilon)
+        return normed(hidden_states, self.weight, self.variance_epsilon, layers(self.backend))
 
 
 class _NativeMLP:
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
+    backend: str
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if not _is_native(gate, up):
+        if not _knows(self.backend, gate, up):
             return self.down_proj(nn.functional.silu(gate) * up)  # type: ignore[no-any-return]
-        return self.down_proj(swiglu(gate, up))  # type: ignore[no-any-return]
+        return self.down_proj(gated(gate, up, layers(self.backend)))  # type: ignore[no-any-return]
 
 
 class _NativeAttention:
-    """Transformers' forward with the rotations done natively, before heads and positions change places."""
+    """Transformers' forward with the rotations in one kernel, before heads and positions change places."""
 
     def forward(
         self: Any,
@@ -149,7 +114,7 @@ class _NativeAttention:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         implementation = self.config._attn_implementation
-        if implementation not in REGISTERED.values() or not _is_native(hidden_states, *position_embeddings):
+        if implementation not in REGISTERED.values() or not _knows(self.backend, hidden_states, *position_embeddings):
             return super().forward(  # type: ignore[misc, no-any-return]
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
@@ -164,9 +129,9 @@ class _NativeAttention:
         )
         if isinstance(self, Qwen3Attention):
             query, key = self.q_norm(query), self.k_norm(key)
-        angles = [x.expand(batch, length, -1).reshape(batch * length, -1).contiguous() for x in position_embeddings]
-        query, key = (rotary(x.flatten(0, 1), *angles).view_as(x) for x in (query, key))
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        cos, sin = (x.expand(batch, length, -1).reshape(batch * length, -1) for x in position_embeddings)
+        pair = turned(query.flatten(0, 1), key.flatten(0, 1), cos, sin, layers(self.backend))
+        query, key, value = (x.view(batch, length, -1, self.head_dim).transpose(1, 2) for x in (*pair, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attended, weights = ALL_ATTENTION_FUNCTIONS[implementation](
@@ -232,8 +197,17 @@ _NATIVE: dict[type, type] = {
 }
 
 
-def _is_native(*tensors: Tensor) -> bool:
-    return all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+def _knows(backend: str, *tensors: Tensor) -> bool:
+    """Whether all are of one type that the backend's kernels know, where they run."""
+    first = tensors[0]
+    runs = first.device.type == "cpu"
+    if backend == "triton":
+        runs = first.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return (
+        runs
+        and first.dtype in DTYPES[backend]
+        and all((x.dtype, x.device) == (first.dtype, first.device) for x in tensors)
+    )
 
 
 def _is_built(parameter: Tensor) -> bool:

@@ -221,6 +221,7 @@ def _reference(config: PPOConfig, policy: PreTrainedModel) -> PreTrainedModel:
         device=pick_device(config.device),
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
+        layers=config.kernels.layers,
     )
     return model.requires_grad_(False)
 
@@ -235,6 +236,7 @@ def _score_model(
         attn_implementation=config.attn_implementation,
         gradient_checkpointing=gradient_checkpointing,
         trust_remote_code=config.trust_remote_code,
+        layers=config.kernels.layers,
         new_head=new_head,
     )
 

@@ -25,6 +25,7 @@ from fastrl.train.attention import Implementation
 from fastrl.train.export import save_pretrained
 from fastrl.train.model import check_packed_hidden, check_vocabulary, check_weights, hidden_states, make_packed
 from fastrl.train.model_directory import check_weight_files, json_file, model_directory
+from fastrl.train.native_layers import LayerKernels
 from fastrl.train.progress_bars import without_load_report
 from fastrl.train.quantize import four_bit, keep_differentiable
 from fastrl.types import TokenBatch
@@ -44,6 +45,7 @@ def load_score_model(
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
     load_in_4bit: bool = False,
+    layers: LayerKernels = "transformers",
     new_head: float | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
@@ -62,7 +64,7 @@ def load_score_model(
 
     Raises:
         ValueError: as `load_model`; no head in the directory and no `new_head`; a head of several rows or with a bias.
-        RuntimeError: the attention asked for cannot run on this machine.
+        RuntimeError: the attention or the layers asked for cannot run on this machine.
 
     Source: Stiennon 2020, arXiv:2009.01325, app. B.1 (deviation 1 / sqrt(D + 1)).
     """
@@ -100,7 +102,11 @@ def load_score_model(
         report = {problem: [name for name in names if HEAD not in name] for problem, names in report.items()}
     check_weights(model, report, directory)
     make_packed(
-        model, device=device, attn_implementation=attn_implementation, gradient_checkpointing=gradient_checkpointing
+        model,
+        device=device,
+        attn_implementation=attn_implementation,
+        gradient_checkpointing=gradient_checkpointing,
+        layers=layers,
     )
     check_packed_hidden(model)
     return model  # type: ignore[no-any-return]

@@ -124,6 +124,11 @@ def _machine(config: TrainConfig) -> Problems:
         yield f"attn_implementation: {config.attn_implementation} needs a GPU and device is cpu; use sdpa"
     elif config.attn_implementation == "flash" and find_spec("flash_attn") is None:
         yield "attn_implementation: flash needs the package flash-attn, which is not installed; use varlen or auto"
+    if config.kernels.layers == "triton":
+        if config.device == "cpu":
+            yield "kernels.layers: triton needs a GPU and device is cpu; use transformers"
+        elif find_spec("triton") is None:
+            yield "kernels.layers: triton needs the package triton, which is not installed; use transformers"
     for tracker in config.report.to:
         if find_spec(tracker) is None:
             yield f"report.to: the package {tracker} is not installed; pip install {tracker}"

@@ -12,6 +12,7 @@ from bench.training_step import CPU_CASES, CPU_CHUNK, Case, measured, replayed, 
 from fastrl.ops import head
 from fastrl.plan.lengths import Lengths
 from fastrl.plan.shape import ModelShape
+from fastrl.train.optimizer import MasterAdamW
 
 TINY = ModelShape(hidden=16, layers=1, heads=2, kv_heads=1, head_dim=8, intermediate=32, vocab=50, tied=True)
 CASE = Case(TINY, 4, 4, Lengths(prompt=3, median=6, longest=20), 0.5, 64)
@@ -40,6 +41,34 @@ def test_a_contender_with_another_loss_is_not_timed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(training_step, "contenders", tampered)
     with pytest.raises(RuntimeError, match="wrong has loss"):
         list(measured(CASE, device="cpu", repeats=1))
+
+
+def test_the_layers_in_triton_take_the_same_step_and_leave_the_model_as_it_was() -> None:
+    tiny = replace(CASE, prompts=2, generations=2)
+    model = training_step.random_model(tiny.shape, tiny.lengths, dtype=torch.float32, device="cpu")
+    kinds = [type(module) for module in model.modules()]
+    optimizer = MasterAdamW(model)
+    step = training_step.contenders(tiny, model, optimizer, replayed(tiny))["fastrl"]
+    steps = {"fastrl": step, training_step.TRITON: lambda: training_step._in_triton(model, step)}
+    training_step._check(steps)
+    found, truth = steps[training_step.TRITON](), step()
+    assert found["grad_norm"] == pytest.approx(truth["grad_norm"], rel=1e-4)
+    assert [type(module) for module in model.modules()] == kinds
+    with pytest.raises(ZeroDivisionError):
+        training_step._in_triton(model, lambda: {"loss": 1 / 0})
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_layers_in_triton_that_fail_are_left_out_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    def failing() -> dict[str, float]:
+        raise OSError("no such chip")
+
+    steps = {"fastrl": lambda: {"loss": 1.0, "grad_norm": 1.0}, training_step.TRITON: failing}
+    training_step._check(steps)
+    assert list(steps) == ["fastrl"]
+    assert "triton layers       failed: OSError: no such chip" in capsys.readouterr().out
+    with pytest.raises(OSError, match="no such chip"):
+        training_step._check({"another": failing})
 
 
 def test_half_of_the_groups_have_no_signal_and_the_cost_model_knows() -> None:

@@ -24,6 +24,7 @@ from fastrl.ops import (
     reverse_scan,
     token_objective,
 )
+from fastrl.ops.layers import rms_norm, rotary, swiglu
 from fastrl.ops.linear_logprob import reference
 from fastrl.testing import MemoryMeter, linear_logprob_inputs
 
@@ -133,6 +134,32 @@ def test_memory_is_that_of_chunks_and_of_the_gradients(op, device, sizes):
     assert used < 4 * n * v  # the logits that were never whole
 
 
+@on(cpu=(40, 24), cuda=(1_100_000, 2048))
+def test_rows_of_a_layer_are_addressed_past_two_to_the_31(device, sizes):
+    n, width = sizes  # 2.25e9 numbers on the GPU, 4.5 GB each in bf16
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    x = torch.zeros(n, width, dtype=dtype, device=device)
+    x[-1, 0] = 8.0
+    weight = torch.ones(width, dtype=dtype, device=device)
+    # The root mean square of one 8 among zeros is 8 / sqrt(width).
+    assert float(rms_norm(x, weight, epsilon=1e-9, **TRITON)[-1, 0]) == pytest.approx(width**0.5, rel=4e-3)
+    assert float(swiglu(x, x, **TRITON)[-1, 0]) == pytest.approx(64 / (1 + math.exp(-8)), rel=4e-3)
+    angles = torch.ones(n, 8, dtype=dtype, device=device)
+    heads = x.view(n, -1, 8)
+    turned, _ = rotary(heads, heads[:, :1], angles, angles, **TRITON)
+    assert turned[-1, 0].tolist() == [8, 0, 0, 0, 8, 0, 0, 0]
+
+
+@on(cpu=(33, 24), cuda=(16_384, 1024))
+def test_the_weight_gradient_of_a_norm_has_the_same_bits_every_time(device, sizes):
+    x, weight, dy = (torch.randn(shape, device=device) for shape in (sizes, sizes[1:], sizes))
+    weight.requires_grad_()
+    grads = [torch.autograd.grad(rms_norm(x, weight, epsilon=1e-6, **TRITON), weight, dy)[0] for _ in range(3)]
+    assert all(torch.equal(grads[0], grad) for grad in grads)
+    exact = (dy * x * (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()).sum(0)
+    torch.testing.assert_close(grads[0].double(), exact, rtol=1e-5, atol=1e-3)
+
+
 @contextmanager
 def counted_compilations() -> Iterator[list[str]]:
     """Names of the kernels Triton compiles, or takes from its cache on disk, inside the block; none interpreted."""
@@ -166,6 +193,10 @@ def step_of(length: int, v: int, device: str, *, chunk_rows: int | None = None) 
     reverse_scan(x, decay, borders, **TRITON).sum().backward()
     gae(x, x, borders, ones.bool(), gamma=0.99, lam=0.95, **TRITON)
     group_advantage(x, torch.arange(length, device=device) % 5, **TRITON)
+    rms_norm(hidden, weight[0], epsilon=1e-6, **TRITON).sum().backward()
+    swiglu(hidden, hidden.detach(), **TRITON).sum().backward()
+    query = hidden.view(length, 2, 8)
+    sum(y.sum() for y in rotary(query, query[:, :1], *hidden.detach().view(2, length, 8), **TRITON)).backward()
 
 
 @on(cpu=(3, 24, 130), cuda=(100, 8000, 50257))
@@ -221,6 +252,11 @@ def test_the_hot_path_does_not_wait_for_the_device(device, sizes):
         lambda: reverse_scan(x, decay, borders, **TRITON).sum().backward(),
         lambda: gae(x, x, borders, trained, gamma=0.99, lam=0.95, **TRITON),
         lambda: group_advantage(x, group, **TRITON),
+        lambda: rms_norm(hidden, weight[0], epsilon=1e-6, **TRITON).sum().backward(),
+        lambda: swiglu(hidden, hidden.detach(), **TRITON).sum().backward(),
+        lambda: (
+            rotary(hidden[:, None], hidden[:, None], hidden.detach(), hidden.detach(), **TRITON)[0].sum().backward()
+        ),
     )
     for run in steps:
         run()  # compiling waits

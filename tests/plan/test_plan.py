@@ -17,13 +17,14 @@ from fastrl.ops import head
 from fastrl.plan import cost
 from fastrl.plan.communication import transfers
 from fastrl.plan.cost import mfu, step_seconds, training_terms, useful_operations
-from fastrl.plan.layers import BFLOAT16, NATIVE_FLOAT32
+from fastrl.plan.layers import BFLOAT16, NATIVE_FLOAT32, TRITON_BFLOAT16, LayerCost
 from fastrl.plan.lengths import Lengths
 from fastrl.plan.machine import GIB, H200, MACHINES
 from fastrl.plan.memory import largest_micro_batch, training_memory
 from fastrl.plan.rollout import most_sequences, rollout_seconds
 from fastrl.plan.shape import SHAPES, ModelShape, shape_of
 from fastrl.plan.workload import Workload
+from fastrl.train.native_layers import LayerKernels
 
 SMALL = ModelShape(hidden=8, layers=2, heads=2, kv_heads=1, head_dim=4, intermediate=16, vocab=100, tied=True)
 FLAT = Lengths(prompt=10, median=30, longest=100, sigma=0.0)
@@ -99,15 +100,24 @@ def test_the_constants_are_those_of_the_code() -> None:
     assert cost.CHUNK_BYTES == head.CUDA_CHUNK_BYTES
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "layers", "stated"),
+    [
+        (torch.bfloat16, "transformers", BFLOAT16),
+        (torch.bfloat16, "triton", TRITON_BFLOAT16),
+        (torch.float32, "transformers", NATIVE_FLOAT32),
+    ],
+)
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
-def test_layers_move_keep_and_launch_what_was_counted(dtype: torch.dtype, family: str) -> None:
+def test_layers_move_keep_and_launch_what_was_counted(
+    dtype: torch.dtype, layers: LayerKernels, stated: LayerCost, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from bench import layer_traffic
 
+    monkeypatch.undo()  # fresh memory that is filled would be counted
     if dtype == torch.float32:
         pytest.importorskip("fastrl._C", reason="float32 layers are native only where fastrl._C is built")
-    stated = BFLOAT16 if dtype == torch.bfloat16 else NATIVE_FLOAT32
-    found = layer_traffic.coefficients(getattr(layer_traffic, family), dtype)
+    found = layer_traffic.coefficients(getattr(layer_traffic, family), dtype, layers)
     moved = {name: each.forward + each.backward for name, each in found.items()}
     is_qwen = family == "qwen3"
     heads = stated.heads_qk_norm if is_qwen else stated.heads
@@ -190,7 +200,8 @@ def test_no_step_uses_more_than_the_peak_and_more_prompts_take_longer(
     )
     seconds = step_seconds(training_terms(step), MACHINES[machine])
     assert 0 < mfu(step, seconds, MACHINES[machine]) < 0.8
-    assert step_seconds(training_terms(replace(step, prompts=prompts + 1)), MACHINES[machine]) > seconds
+    # launches of one micro-batch take as long, however full it is
+    assert step_seconds(training_terms(replace(step, prompts=prompts + 1)), MACHINES[machine]) >= seconds
 
 
 def test_the_command_prints_a_plan_and_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The native CPU layers: value and gradient against float64, and what they leave alone."""
+"""Models with fused layers, on fastrl._C and on Triton: value and gradient in float64, and what is left alone."""
 
 from __future__ import annotations
 
@@ -15,104 +15,16 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import fastrl.ops.backend
-from fastrl.testing import assert_no_worse_than, double, value_and_grads
 from fastrl.train import native_layers
 from fastrl.train.attention import use_packed_attention
-from fastrl.train.model import check_packing
-from fastrl.train.native_layers import rms_norm, rotary, swiglu, use_native_layers
+from fastrl.train.model import check_packing, make_packed
+from fastrl.train.native_layers import use_native_layers, use_triton_layers
 from tests.train.families import FAMILIES, SIZES, family
 
 built = pytest.mark.skipif(find_spec("fastrl._C") is None, reason="fastrl._C is not built here")
 KNOWN = ("qwen3", "qwen2", "llama")
-
-
-def norm_in_torch(x: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:
-    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon))
-
-
-def swiglu_in_torch(gate: Tensor, up: Tensor) -> Tensor:
-    return nn.functional.silu(gate) * up
-
-
-def rotary_in_torch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@built
-@pytest.mark.parametrize("shape", [(1, 1), (1, 16), (7, 5), (3, 4, 33), (300, 64), (129, 257), (0, 8)])
-@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e4])
-def test_the_norm_and_its_gradients_are_those_of_float64(shape: tuple[int, ...], scale: float):
-    use_native_layers(family("qwen3"))  # loads the extension
-    inputs = (scale * randn(*shape), 1.0 + 0.1 * randn(shape[-1], seed=1))
-    options = {"epsilon": 1e-6}
-    assert_no_worse_than(
-        naive=value_and_grads(lambda x, w: norm_in_torch(x, w, **options), *inputs),
-        got=value_and_grads(lambda x, w: rms_norm(x, w, **options), *inputs),
-        truth=value_and_grads(lambda x, w: norm_in_torch(x, w, **options), *double(inputs)),
-        slack=1e-6,
-    )
-
-
-@built
-def test_the_norms_weight_gradient_over_many_rows_does_not_depend_on_threads():
-    use_native_layers(family("qwen3"))
-    x, weight = randn(20000, 16), torch.ones(16)
-    truth = value_and_grads(lambda x, w: norm_in_torch(x, w, epsilon=1e-6), x.double(), weight.double())
-    grads = []
-    before = torch.get_num_threads()
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        grads.append(value_and_grads(lambda x, w: rms_norm(x, w, epsilon=1e-6), x, weight).grads)
-    torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-    torch.testing.assert_close(grads[0][1].double(), truth.grads[1], rtol=1e-5, atol=1e-3)
-
-
-@built
-@pytest.mark.parametrize("shape", [(1,), (5, 3), (2, 9, 31), (257, 64), (0, 4)])
-def test_swiglu_and_its_gradients_are_those_of_float64(shape: tuple[int, ...]):
-    use_native_layers(family("qwen3"))
-    inputs = (4.0 * randn(*shape), randn(*shape, seed=1))
-    assert_no_worse_than(
-        naive=value_and_grads(swiglu_in_torch, *inputs),
-        got=value_and_grads(swiglu, *inputs),
-        truth=value_and_grads(swiglu_in_torch, *double(inputs)),
-        slack=1e-6,
-    )
-
-
-@built
-def test_swiglu_is_right_where_the_exponential_is_clamped_and_keeps_nan():
-    use_native_layers(family("qwen3"))
-    gate = torch.tensor([-1e4, -100.0, -87.5, -20.0, -1e-30, 0.0, 20.0, 88.5, 1e4]).requires_grad_()
-    exact = gate.detach().double().requires_grad_()
-    swiglu(gate, torch.ones(9)).sum().backward()
-    swiglu_in_torch(exact, torch.ones(9).double()).sum().backward()
-    torch.testing.assert_close(swiglu(gate, torch.ones(9)).double(), nn.functional.silu(exact), rtol=3e-7, atol=1e-30)
-    assert gate.grad is not None
-    assert exact.grad is not None
-    torch.testing.assert_close(gate.grad.double(), exact.grad, rtol=1e-6, atol=1e-30)
-    assert swiglu(torch.tensor([float("nan"), 1.0]), torch.ones(2)).isnan().tolist() == [True, False]
-
-
-@built
-@pytest.mark.parametrize("shape", [(1, 1, 2), (5, 3, 6), (40, 4, 16), (9, 2, 128), (0, 2, 4)])
-def test_rotations_and_their_gradients_are_those_of_float64(shape: tuple[int, int, int]):
-    use_native_layers(family("qwen3"))
-    half = randn(shape[0], shape[2] // 2, seed=1)
-    angle = torch.cat([half, half], dim=-1)
-    inputs = (randn(*shape), angle.cos(), angle.sin())
-    assert_no_worse_than(
-        naive=value_and_grads(rotary_in_torch, *inputs, differentiable=(0,)),
-        got=value_and_grads(rotary, *inputs, differentiable=(0,)),
-        truth=value_and_grads(rotary_in_torch, *double(inputs), differentiable=(0,)),
-        slack=1e-6,
-    )
+FUSE = {"native": use_native_layers, "triton": use_triton_layers}
+each_backend = pytest.mark.parametrize("backend", [pytest.param("native", marks=built), "triton"])
 
 
 def loss_and_grads(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
@@ -124,16 +36,16 @@ def loss_and_grads(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
     return logits.detach(), grads
 
 
-@built
+@each_backend
 @pytest.mark.parametrize("name", KNOWN)
-def test_a_whole_model_gives_the_values_and_gradients_of_float64(name: str):
+def test_a_whole_model_gives_the_values_and_gradients_of_float64(backend: str, name: str):
     model = family(name)
     use_packed_attention(model, "sdpa")
     truth, exact = loss_and_grads(copy.deepcopy(model).double())
     naive, naive_grads = loss_and_grads(model)
     layers = SIZES["num_hidden_layers"]
-    assert use_native_layers(model) == layers * (2 + 2 + 2 * (name == "qwen3")) + 1
-    assert use_native_layers(model) == 0
+    assert FUSE[backend](model) == layers * (2 + 2 + 2 * (name == "qwen3")) + 1
+    assert FUSE[backend](model) == 0
     got, grads = loss_and_grads(model)
     assert not torch.equal(got, naive)  # it did run
     assert float((got - truth).norm()) < 2 * float((naive - truth).norm()) + 1e-5
@@ -150,6 +62,35 @@ def test_other_families_keep_all_their_layers(name: str):
     kinds = [type(module) for module in model.modules()]
     assert use_native_layers(model) == 0
     assert [type(module) for module in model.modules()] == kinds
+    with pytest.raises(ValueError, match=f"not {type(model).__name__}'s; set kernels.layers to transformers"):
+        use_triton_layers(model)
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_triton_asked_for_where_it_cannot_run_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(RuntimeError, match=r"float16 and float32, not torch\.float64; set kernels"):
+        use_triton_layers(family("qwen3").double())
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match=r"kernels.layers: .* needs a CUDA tensor, got one on cpu .*; set kernels"):
+        make_packed(
+            family("qwen3"),
+            device="cpu",
+            attn_implementation="auto",
+            gradient_checkpointing=False,
+            layers="triton",
+        )
+
+
+@built
+def test_a_model_that_ran_natively_can_be_moved_to_triton():
+    model = family("qwen3")
+    use_packed_attention(model, "sdpa")
+    ids = torch.tensor([[3, 4, 5, 6]])
+    count = use_native_layers(model)
+    native = model(input_ids=ids).logits
+    assert use_triton_layers(model) == count
+    assert {module.backend for module in model.modules() if hasattr(module, "backend")} == {"triton"}
+    torch.testing.assert_close(model(input_ids=ids).logits, native, rtol=1e-4, atol=1e-5)
 
 
 @built
@@ -189,13 +130,13 @@ class Halved(nn.Linear):
         return super().forward(x) / 2
 
 
-@built
-def test_projections_replaced_afterwards_are_the_ones_that_run():
+@each_backend
+def test_projections_replaced_afterwards_are_the_ones_that_run(backend: str):
     """Adapters wrap the projections; the native layers must call them, not read their weights."""
     plain, native = family("qwen3"), family("qwen3")
     use_packed_attention(plain, "sdpa")
     use_packed_attention(native, "sdpa")
-    use_native_layers(native)
+    FUSE[backend](native)
     for model in (plain, native):
         for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
             getattr(model.model.layers[0].self_attn, part).__class__ = Halved

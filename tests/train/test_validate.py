@@ -117,6 +117,10 @@ def test_intervals_are_read_as_mathematics_writes_them(number: float, interval: 
 
 
 CASES: list[tuple[Any, str]] = [
+    (
+        lambda: sft(device="cpu", kernels=KernelsBlock(layers="triton")),
+        "kernels.layers: triton needs a GPU and device is cpu; use transformers",
+    ),
     (lambda: grpo(top_p=0.0), "top_p: must be in (0, 1], got 0.0"),
     (lambda: grpo(learning_rate=float("nan")), "learning_rate: must be in (0, inf), got nan"),
     (lambda: grpo(save_steps=0), "save_steps: must be in [1, inf), got 0"),

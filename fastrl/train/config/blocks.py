@@ -97,17 +97,21 @@ class RewardsBlock:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelsBlock:
-    """Which implementation of the ops runs.
+    """Which implementation of the ops and of the layers' small operators runs.
 
     Attributes:
         backend: "torch", "native" or "triton" for all that is computed over the head; None lets each op choose.
         chunk_rows: rows of the head's logits alive at once; None chooses by a memory budget.
         skip_tolerance: share of the gradient that certified skipping may leave out; 0 is exact.
+        layers: "triton" runs norms, rotations and the feed-forward product of Llama, Qwen2 and Qwen3 as one kernel
+            each on a GPU, in the models that train, in their reference, and in PPO's reward model. "transformers" keeps
+            its code there; on a CPU float32 layers run natively where fastrl._C is built.
     """
 
     backend: Literal["reference", "torch", "triton"] | None = None
     chunk_rows: int | None = None
     skip_tolerance: float = 0.0
+    layers: Literal["transformers", "triton"] = "transformers"
 
 
 @dataclass(frozen=True, kw_only=True)
