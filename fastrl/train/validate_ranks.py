@@ -34,19 +34,8 @@ def sampling_ranks_problems(config: OnPolicyConfig | GKDConfig) -> Problems:
     """Rules of every recipe that samples, on several ranks."""
     if launched_ranks().size == 1:
         return
-    block = config.rollout
-    if block.engine == "vllm":
+    if config.rollout.engine == "vllm":
         yield (
             "rollout.engine: vllm lives in the trainer's process, which must then be the only one; with several ranks "
             "use builtin, or vllm_server with servers that run already"
-        )
-    if block.engine == "vllm_server" and not block.server.urls:
-        yield (
-            "rollout.server.urls: several ranks share servers that run already; start them with "
-            "`python -m fastrl.rollout.server_main MODEL`, and name them here"
-        )
-    if block.segment_tokens is not None:
-        yield (
-            "rollout.segment_tokens: segments end when they end, at another time on each rank, and ranks must learn "
-            "from the same round; remove it, or train in one process"
         )
