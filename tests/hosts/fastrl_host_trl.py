@@ -24,7 +24,7 @@ GONE = {
     "trl.trainer.sft_trainer": ("dft_loss", "_chunked_cross_entropy_loss", "_patch_chunked_ce_lm_head"),
 }
 # Cases that fastrl fails and TRL passes, and why. The 16-bit ones expect TRL's rounding to 16 bits of the logits or of
-# the terms of a sum; fastrl keeps float32, and is two to six times nearer to float64 (tests/integrations/test_trl.py).
+# the terms of a sum; fastrl keeps float32, and is nearer to float64 (tests/integrations/test_trl.py).
 ROUNDED = "expects the rounding of 16-bit intermediate results; fastrl's are float32"
 ABOUT_TRL = {
     "test_kernels.py::TestChunkedLogProbFunction::test_forward": "counts the rows of TRL's own products",
