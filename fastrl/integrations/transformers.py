@@ -118,8 +118,9 @@ class Applied:
         self._loss = model.loss_function
         self._forward: Callable[..., Any] = model.forward if earlier is None else earlier._forward
         self._before: Any = vars(model).get("forward") if earlier is None else earlier._before
+        self._function = _forward_of_applied(self._forward) if earlier is None else earlier._function
         if earlier is None:
-            model.forward = MethodType(_forward_of_applied(self._forward), model)
+            model.forward = MethodType(self._function, model)
         model.loss_function = self._loss_of_unmade
         model._fastrl_applied = self
 
@@ -139,7 +140,7 @@ class Applied:
         self._is_reverted = True
         if self._model.loss_function == self._loss_of_unmade:
             self._model.loss_function = self._loss
-        if getattr(getattr(self._model.forward, "__func__", None), "_is_of_applied", False) is not True:
+        if getattr(self._model.forward, "__func__", None) is not self._function:
             return
         if self._before is None:
             del self._model.forward
@@ -264,7 +265,7 @@ def _forward_of_applied(forward: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(forward)
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     named: Any = run
-    named.__name__, named.__doc__, named._is_of_applied = "forward", forward.__doc__, True
+    named.__name__, named.__doc__ = "forward", forward.__doc__
     named.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])
     return run
 

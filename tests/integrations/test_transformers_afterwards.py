@@ -34,9 +34,10 @@ def test_revert_gives_back_the_very_functions() -> None:
 def test_revert_leaves_a_forward_that_was_wrapped_since() -> None:
     model, batch = make_model(), make_batch()
     applied = apply_fastrl(model)
-    ours = model.forward
-    model.forward = lambda **inputs: ours(**inputs)
+    ours = model.forward.__func__
+    model.forward = wrapped = MethodType(functools.wraps(ours)(lambda model, **inputs: ours(model, **inputs)), model)
     applied.revert()
+    assert model.forward is wrapped
     assert model.train()(**batch).logits is not None
 
 
