@@ -59,7 +59,7 @@ def check_server(client: Client, needs: Needs) -> str:
     if context is not None and context < needs.context:
         raise ServerError(
             f"{client.url} holds {context} tokens, and a sequence of this run may have {needs.context}; start it with "
-            f"--max-model-len {needs.context}, or lower max_completion_length"
+            f"--max-model-len {needs.context}, or set rollout.server.max_model_len to {context}"
         )
     _check_routes(client, with_adapters=needs.with_adapters)
     _resume(client)

@@ -60,9 +60,11 @@ class Cable:
             while chunk := source.recv(1 << 16):
                 with self._changed:
                     self._changed.wait_for(lambda: self._state != "hold")
+                cut = cut_at(chunk)
+                self._state = "hold" if cut else self._state  # no reply comes back
                 target.sendall(chunk)
-                if (cut := cut_at(chunk)) is not None:
-                    time.sleep(0.05)  # the server has read it by then
+                if cut is not None:
+                    time.sleep(0.2)  # the server has read it by then
                     self._cut(cut)
             target.shutdown(socket.SHUT_WR)
 

@@ -27,8 +27,9 @@ class Running:
 
 def group_of(process: ServerProcess) -> list[int]:
     """A server's processes that run; a zombie does not."""
+    assert process._process is not None
     found = []
-    for name in filter(str.isdigit, os.listdir("/proc") if process._process is not None else []):
+    for name in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError):
             if os.getpgid(int(name)) == process._process.pid and is_alive(int(name)):
                 found.append(int(name))

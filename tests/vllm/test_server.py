@@ -85,7 +85,9 @@ def test_nothing_listens_beyond_the_loopback_and_the_key_is_in_no_command_line(
         assert client._key.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
-def test_a_server_of_another_model_is_named_before_training(running: Running) -> None:
+def test_a_server_that_does_not_fit_is_named_before_training(running: Running) -> None:
+    with pytest.raises(ServerError, match="refuses the API key"):
+        engine_of(Client(running.client.url, api_key="wrong"), qwen3(), tiny_tokenizer("<eos>"))
     tokenizer = tiny_tokenizer("<eos>")
     tokenizer.add_tokens(["Hello"])
     with pytest.raises(ServerError, match="another tokenizer"):
