@@ -118,7 +118,9 @@ class Applied:
         self._loss = model.loss_function
         self._forward: Callable[..., Any] = model.forward if earlier is None else earlier._forward
         self._before: Any = vars(model).get("forward") if earlier is None else earlier._before
-        self._function = _forward_of_applied(self._forward) if earlier is None else earlier._function
+        self._function: Callable[..., Any] = (
+            _forward_of_applied(self._forward) if earlier is None else earlier._function
+        )
         if earlier is None:
             model.forward = MethodType(self._function, model)
         model.loss_function = self._loss_of_unmade
