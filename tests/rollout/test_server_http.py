@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from fastrl.rollout import server_http
 from fastrl.rollout.server_http import Client, DeadlineError, ServerError, ServerLostError
 from tests.rollout.fake_server import (
     KEY,
@@ -60,6 +64,24 @@ def test_what_will_not_pass_is_asked_once(server: FakeServer, code: int) -> None
         ask(client_of(server))
     assert caught.value.status == code
     assert server.state.calls["/v1/completions"] == 1
+
+
+def test_a_machine_that_is_gone_breaks_the_connection_before_the_deadline(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system says ETIMEDOUT, which Python calls a TimeoutError as it does our own deadline."""
+    read, calls = server_http._TimedReader.readinto, [0]
+
+    def readinto(self: server_http._TimedReader, buffer: Any) -> int:
+        assert self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        calls[0] += 1
+        if calls[0] == 1:
+            raise OSError(errno.ETIMEDOUT, "Connection timed out")
+        return read(self, buffer)
+
+    monkeypatch.setattr(server_http._TimedReader, "readinto", readinto)
+    assert ask(client_of(server)) == [3, 4]
+    assert server.state.calls["/v1/completions"] == 2
 
 
 def test_retries_end_and_say_how_often(server: FakeServer) -> None:
