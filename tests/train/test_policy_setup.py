@@ -28,5 +28,5 @@ def test_a_sequence_is_as_long_as_the_model_and_the_engine_allow(rollout: Rollou
 
 def test_a_prompt_without_room_in_the_engines_context_is_refused() -> None:
     rollout = RolloutBlock(engine="vllm_server", server=ServerBlock(max_model_len=8))
-    with pytest.raises(ValueError, match="longest prompt has 8 tokens, which leaves no room .* context of 8"):
+    with pytest.raises(ValueError, match=r"longest prompt has 8 tokens, which leaves no room .* context of 8"):
         check_lengths(config(rollout), [Prompt((5,) * 8, "", {})], context=64)
