@@ -172,7 +172,7 @@ def _episodes_of(
     if not any(records):
         return []
     is_tuple = {field.name: str(field.type).startswith("tuple[") for field in fields(Episode)}
-    told = [
+    told: list[dict[str, Any]] = [
         {name: tuple(value) if is_tuple[name] else value for name, value in each.items()}
         for each in in_order(records, places)
     ]

@@ -21,7 +21,7 @@ CONFIG: dict[str, Any] = asdict(GRPOConfig(model_name_or_path="m", output_dir="o
 def test_a_new_run_records_its_configuration_and_its_owner(tmp_path: Path) -> None:
     with open_run_directory(tmp_path / "a" / "b", CONFIG, resume=None) as run:
         assert run.path == tmp_path / "a" / "b"
-        assert json.loads((run.path / "run.json").read_text())["rollout"] == CONFIG["rollout"]
+        assert json.loads((run.path / "run.json").read_text())["rollout"] == json.loads(json.dumps(CONFIG["rollout"]))
         assert json.loads((run.path / "owner.json").read_text())["pid"] == os.getpid()
 
 
@@ -132,3 +132,11 @@ def test_one_signal_lets_the_run_save_and_exit_75_and_two_end_it_at_once(signals
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == status
     assert "saving a checkpoint after this step" in done.stderr
+
+
+def test_a_step_of_the_same_size_is_the_same_run_whoever_computes_it() -> None:
+    old = CONFIG | {"per_device_train_batch_size": 8}  # written before runs said how many ranks they had
+    assert config_differences(old, old | {"per_device_train_batch_size": 2, "ranks": 4}) == []
+    assert config_differences(old | {"ranks": 2}, old | {"gradient_accumulation_steps": 4, "ranks": 1}) == [
+        "per_device_train_batch_size x gradient_accumulation_steps x ranks: 16 -> 32"
+    ]
