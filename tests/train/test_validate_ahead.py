@@ -59,7 +59,7 @@ AHEAD = RolloutBlock(max_staleness=2, segment_tokens=64, timeout_seconds=60.0)
             "that sampled; remove it",
         ),
     ],
-    ids=str,
+    ids=["segments", "deadline", "vllm", "four bits", "tools", "ppo", "generate"],
 )
 def test_what_does_not_go_together_is_refused_in_words(config: Callable[[], Any], expected: str) -> None:
     assert list(ahead_problems(config())) == [expected]
