@@ -46,7 +46,7 @@ test-gpu: install
 # Real vLLM, in an environment of its own: it pins a torch, and is never a dependency. A machine without an NVIDIA GPU
 # takes a build of it for CPUs. The installation takes two minutes of processor time.
 test-vllm: $(VLLM_VENV)/.installed
-	$(THREADS) $(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm -n 2 --dist loadgroup
+	$(THREADS) $(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm -n 2 --dist loadfile
 
 $(VLLM_VENV)/.installed: pyproject.toml setup.py
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)

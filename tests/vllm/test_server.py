@@ -23,7 +23,7 @@ from tests.vllm.models import qwen3
 from tests.vllm.processes import Running, group_of
 
 # A start takes 20 seconds on two idle cores, and ten times that on busy ones.
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200), pytest.mark.xdist_group("server")]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 TO_THE_LAST_BIT = (
     contract.same_seeds_reproduce_and_other_seeds_differ,
     contract.segments_are_reproduced_and_end_where_they_should,

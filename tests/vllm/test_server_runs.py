@@ -19,7 +19,7 @@ from tests.vllm.cable import Cable, Cut
 from tests.vllm.processes import Running, api_server_of, group_of, is_alive
 
 # A start takes 20 seconds on two idle cores, and ten times that on busy ones.
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200), pytest.mark.xdist_group("server")]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 STEPS = 6
 
 
