@@ -78,8 +78,12 @@ parity-vectors:
 bench: install
 	$(BIN)/python -m bench
 
+# The records behind the CPU tables of README and docs, and the tables: under five minutes of one idle core.
 bench-cpu: install
-	$(BIN)/python -m bench --device cpu --quick
+	$(THREADS) $(BIN)/python -m bench --device cpu --quick
+	$(THREADS) $(BIN)/python -m bench.training_step --quick
+	$(THREADS) $(BIN)/python -m bench.curves
+	$(BIN)/python -m bench.figures
 
 # Five minutes of processor time; needs GSM8K's train.jsonl (examples/gsm8k/README.md).
 example-gsm8k: install
