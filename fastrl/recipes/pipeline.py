@@ -172,7 +172,8 @@ def _result(folder: Path) -> str:
     """What a stage ended with, in a few words: accuracies, rows, or the last numbers of its log."""
     if (folder / "eval.json").is_file():
         found = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-        return ", ".join(f"{name} {e['mean']:.3f} ± {e['standard_error']:.3f}" for name, e in found.items())
+        rewards = {name: each for name, each in found.items() if "mean" in each}  # beside them, how episodes went
+        return ", ".join(f"{name} {each['mean']:.3f} ± {each['standard_error']:.3f}" for name, each in rewards.items())
     if (origin := folder / f"{DATA_FILE}.provenance.json").is_file():
         counts = json.loads(origin.read_text(encoding="utf-8"))["counts"]
         return f"{counts['rows']} rows of {counts['completions']} completions"

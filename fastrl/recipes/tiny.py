@@ -1,4 +1,4 @@
-"""Makes what `tiny:NAME` stands for: models and data files of the sorting task, under runs/tiny, once."""
+"""Makes what `tiny:NAME` stands for: models and data files of small tasks, under runs/tiny, once."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastrl.data.judgements import judgement_rows
-from fastrl.recipes import sorting
+from fastrl.recipes import agent_tasks, sorting
 from fastrl.train.config import ReportBlock, RewardConfig
 from fastrl.train.contents import quoted
-from fastrl.train.tiny_files import FILES, MODELS, PREFIX, is_tiny
+from fastrl.train.tiny_files import CORPORA, FILES, MODELS, PREFIX, is_tiny
 
 FOLDER = Path("runs/tiny")
 N_TRAIN, N_HELD_OUT = 4000, 250
-ROWS_PER_QUESTION = {"critiques": 8}  # a critic must know many wrong answers
+# A critic must know many wrong answers; a warm start shows a question with a call, with a slip, and answered at once.
+ROWS_PER_QUESTION = {"critiques": 8, "calculator_sft": 3, "lookup_sft": 3}
 
 RowMaker = Callable[[str, random.Random], dict[str, Any]]
 Config = TypeVar("Config")
@@ -72,6 +73,10 @@ def made(name: str) -> Path:
 
 def _make_base(folder: Path) -> None:
     sorting.make_base_model(folder, seed=0)
+
+
+def _make_agent(folder: Path) -> None:
+    agent_tasks.make_base_model(folder, seed=0)
 
 
 def _make_student(folder: Path) -> None:
@@ -231,6 +236,11 @@ def swapped(digits: str, generator: random.Random) -> str:
     return "".join(changed)
 
 
+def _lookup(person: str, generator: random.Random) -> dict[str, Any]:
+    train, held_out = agent_tasks.world(N_TRAIN, N_HELD_OUT)
+    return agent_tasks.lookup_prompt(person, train if person in train.birthplace else held_out)
+
+
 MAKE_MODEL: dict[str, Callable[[Path], None]] = {
     "base": _make_base,
     "warm": _make_warm,
@@ -239,6 +249,7 @@ MAKE_MODEL: dict[str, Callable[[Path], None]] = {
     "critic": _make_critic,
     "student": _make_student,
     "wide": _make_wide,
+    "agent": _make_agent,
 }
 MAKE_ROW: dict[str, RowMaker] = {
     "sft": _sft,
@@ -250,6 +261,10 @@ MAKE_ROW: dict[str, RowMaker] = {
     "steps": _steps,
     "judgements": _judgements,
     "critiques": _critiques,
+    "calculator_sft": agent_tasks.calculator_demonstration,
+    "calculator": agent_tasks.calculator_prompt,
+    "lookup_sft": agent_tasks.lookup_demonstration,
+    "lookup": _lookup,
 }
 assert MAKE_MODEL.keys() == MODELS.keys()
 assert MAKE_ROW.keys() == FILES.keys()
@@ -258,15 +273,29 @@ assert MAKE_ROW.keys() == FILES.keys()
 def _write_rows(name: str, path: Path) -> None:
     """Rows of N_TRAIN questions, or of the N_HELD_OUT that no training file has."""
     kind = name.removesuffix("_held_out")
-    numbers = random.Random(0).sample(range(10**sorting.DIGITS), N_TRAIN + N_HELD_OUT)
-    chosen = numbers[:N_TRAIN] if kind == name else numbers[N_TRAIN:]
-    generator = random.Random(name)
-    times = ROWS_PER_QUESTION.get(kind, 1)
-    rows = [MAKE_ROW[kind](f"{number:0{sorting.DIGITS}d}", generator) for number in chosen for _ in range(times)]
+    is_training = kind == name
+    if kind in CORPORA:
+        rows = agent_tasks.documents(agent_tasks.world(N_TRAIN, N_HELD_OUT)[0 if is_training else 1])
+    else:
+        questions = _questions(kind)
+        chosen = questions[:N_TRAIN] if is_training else questions[N_TRAIN:]
+        generator = random.Random(name)
+        times = ROWS_PER_QUESTION.get(kind, 1)
+        rows = [MAKE_ROW[kind](question, generator) for question in chosen for _ in range(times)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _questions(kind: str) -> list[str]:
+    """What the rows of a file are about, first those to train on."""
+    if kind.startswith("calculator"):
+        return agent_tasks.expressions(N_TRAIN + N_HELD_OUT)
+    if kind.startswith("lookup"):
+        return [person for facts in agent_tasks.world(N_TRAIN, N_HELD_OUT) for person in facts.birthplace]
+    numbers = random.Random(0).sample(range(10**sorting.DIGITS), N_TRAIN + N_HELD_OUT)
+    return [f"{number:0{sorting.DIGITS}d}" for number in numbers]
 
 
 def _digest() -> str:
     """Changes with the code that makes the files, so that files of older code are not used."""
-    sources = (Path(__file__), Path(sorting.__file__))
+    sources = (Path(__file__), Path(sorting.__file__), Path(agent_tasks.__file__))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]

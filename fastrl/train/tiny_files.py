@@ -1,4 +1,4 @@
-"""Names of what is made on the spot: `tiny:NAME` stands for a model directory or a data file of the sorting task.
+"""Names of what is made on the spot: `tiny:NAME` stands for a model directory or a data file of a small task.
 
 With them every recipe can be tried without downloading anything: `--model_name_or_path tiny:warm --train_dataset
 tiny:preference`. `fastrl.recipes.tiny` makes them, after the configuration has been checked.
@@ -20,6 +20,7 @@ MODELS = {
     "critic": "base after 500 steps of SFT on critiques: says whether digits are sorted, and sorts them",
     "student": "a Qwen3 of an eighth of base's size with random weights, and the same tokenizer",
     "wide": "warm with two attention heads of 32 numbers in place of four of 16: vLLM's CPU kernels begin there",
+    "agent": "a Qwen3 of 0.1 M parameters with random weights, and a tokenizer for the tasks with tools",
 }
 FILES = {
     "sft": "prompt and completion: six digits, and the digits sorted",
@@ -31,7 +32,12 @@ FILES = {
     "steps": "prompt, six steps of one digit, and a label for each: is it the next digit in order?",
     "judgements": "a question with an answer as the prompt; completion 1 when it is sorted, else 0",
     "critiques": "judgements, and the same with the verdict in the prompt and the digits sorted as completion",
+    "calculator_sft": "sums in words, answered at once or with a call of the calculator that often has a wrong digit",
+    "calculator": "sums in words and their values, for an agent with a calculator",
+    "lookup_sft": "questions answered at once or with two searches, of which one often asks for a wrong name",
+    "lookup": "questions whose answers take two searches in lookup_corpus",
 }
+CORPORA = {"lookup_corpus": "made-up facts for the tool search; other ones in lookup_corpus_held_out"}
 
 
 def is_tiny(value: object) -> bool:
@@ -40,9 +46,9 @@ def is_tiny(value: object) -> bool:
 
 
 def tiny_problem(key: str, value: str, known: dict[str, str]) -> Iterator[str]:
-    """One line when `value` names nothing of `known`, which is MODELS or FILES."""
+    """One line when `value` names nothing of `known`, which is MODELS, FILES or CORPORA."""
     name = value.removeprefix(PREFIX)
-    if name in known or (known is FILES and name.removesuffix("_held_out") in FILES):
+    if name in known or (known is not MODELS and name.removesuffix("_held_out") in known):
         return
     meant = get_close_matches(name, known, n=1)
     guess = f" (did you mean {PREFIX}{meant[0]}?)" if meant else ""

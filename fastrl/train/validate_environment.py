@@ -13,7 +13,9 @@ from fastrl.train.config import (
     OnlineDPOConfig,
     OnPolicyConfig,
 )
+from fastrl.train.contents import quoted
 from fastrl.train.environment_verifiers import check_installed
+from fastrl.train.tiny_files import CORPORA, is_tiny, tiny_problem
 from fastrl.train.validate_rewards import imported_problem
 
 BUILT_IN_TOOLS = ("calculator", "python", "search")
@@ -62,6 +64,8 @@ def _settings(block: EnvironmentBlock) -> Iterator[str]:
     for spec in block.tools:
         if spec.partition("(")[0] not in BUILT_IN_TOOLS:
             yield from _named("environment.tools", spec)
+        for option in filter(is_tiny, quoted(spec)):
+            yield from tiny_problem("environment.tools", option, CORPORA)
     if not _is_used(block):
         for key in vars(default):
             if getattr(block, key) != getattr(default, key):

@@ -17,7 +17,7 @@ FILES = sorted(FOLDER.glob("*.yaml"))
 NAMES = (
     *("sft", "lora", "qlora", "reward", "prm", "genrm", "dpo", "ipo", "simpo", "orpo", "kto", "rrhf", "online_dpo"),
     *("ppo", "ppo_ptx", "grpo", "dr_grpo", "dapo", "rloo", "gspo", "distill", "gkd", "rejection", "r1"),
-    *("r1_zero", "instructgpt", "dpo_then_grpo"),
+    *("r1_zero", "instructgpt", "dpo_then_grpo", "agent", "agent_search"),
 )
 # The number that shows the learning, where it is not the loss on held-out rows, and whether it should grow.
 RISES = ("eval/reward", "eval/rewards/accuracies", "eval/accuracy", "eval/rewards/margins")
