@@ -24,7 +24,7 @@ from fastrl.train.environment_spec import schemas_of
 USER, ASSISTANT, TOOL, TOOLS, END, PAD = "<|user|>", "<|assistant|>", "<|tool|>", "<|tools|>", "<|end|>", "<|pad|>"
 CALL, CALLED = "<tool_call>", "</tool_call>"
 CONTEXT = 256
-COUNTRIES = 40  # in each corpus
+COUNTRIES = (200, 40)  # in the training corpus: too many to learn by heart; and in the held-out one
 
 # Hermes' and Qwen's form of a call; a system turn that names the tools; no turn depends on a later one.
 CHAT_TEMPLATE = (
@@ -120,11 +120,11 @@ def world(n_train: int, n_held_out: int) -> tuple[World, World]:
     generator = random.Random("names")
     generator.shuffle(names)
     parts = []
-    for people in (n_train, n_held_out):
-        lands, cities, persons = names[:COUNTRIES], names[COUNTRIES : 2 * COUNTRIES], names[2 * COUNTRIES :][:people]
+    for people, countries in zip((n_train, n_held_out), COUNTRIES, strict=True):
+        lands, cities, persons = names[:countries], names[countries : 2 * countries], names[2 * countries :][:people]
         birthplace = {person: generator.choice(lands) for person in persons}
         parts.append(World(birthplace, dict(zip(lands, cities, strict=True))))
-        names = names[2 * COUNTRIES + people :]
+        names = names[2 * countries + people :]
     return parts[0], parts[1]
 
 
