@@ -89,9 +89,9 @@ bench-cpu: install
 example-gsm8k: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/gsm8k/run.sh
 
-# Every file of examples/tiny to its end, with a look at what it learned: ten minutes of one core.
+# Every file of examples/tiny to its end, with a look at what it learned: fifteen minutes of one core.
 examples: install
-	$(THREADS) $(BIN)/python -m pytest -m slow tests/examples/test_tiny_examples.py
+	$(THREADS) $(BIN)/python -m pytest -m slow tests/examples/test_tiny_examples.py tests/examples/test_tiny_agents.py
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

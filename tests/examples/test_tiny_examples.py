@@ -1,4 +1,7 @@
-"""Every file of examples/tiny is a valid run; the slow tests take each to its end and look for what it learned."""
+"""Every file of examples/tiny is a valid run; the slow tests take each to its end and look for what it learned.
+
+The agents' runs are in test_tiny_agents.py.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tiny")
 
 
+SHORT = [file for file in FILES if not file.stem.startswith("agent")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", SHORT, ids=lambda file: file.stem)
 def test_an_example_learns_in_less_than_two_minutes_of_one_core(
     file: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,7 +61,7 @@ def test_an_example_learns_in_less_than_two_minutes_of_one_core(
         assert_learned(output)
 
 
-PIPELINES = [file for file in FILES if yaml.safe_load(file.read_text())["recipe"] == "pipeline"]
+PIPELINES = [file for file in SHORT if yaml.safe_load(file.read_text())["recipe"] == "pipeline"]
 
 
 @pytest.mark.slow
