@@ -9,8 +9,10 @@ Source: the difference of two renderings with a dummy history is TRL's (`GRPOTra
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from fastrl.data.tokenize import Message, Tools, encode_pieces, render_prompt
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 Observe = Callable[[Sequence[Message], bool], tuple[int, ...]]
 
+RECENT = 64  # observations kept: neighbours are of one group, and often hear the same
 _MARK = "\ue000"  # private use: it has no meaning that a tool's text could need
 
 
@@ -39,7 +42,9 @@ def observer(tokenizer: PreTrainedTokenizerBase, *, has_tools: bool = True) -> O
         check_keeps_history(tokenizer)
     added = _look_alikes(tokenizer)
 
-    def observe(messages: Sequence[Message], is_ended: bool) -> tuple[int, ...]:
+    @lru_cache(maxsize=RECENT)
+    def encoded(written: str, is_ended: bool) -> tuple[int, ...]:
+        messages = json.loads(written)
         # The name of a tool that does not exist is the model's own text.
         cut = [
             {**each, **{key: _defused(each[key], added) for key in ("name", "content") if key in each}}
@@ -55,7 +60,7 @@ def observer(tokenizer: PreTrainedTokenizerBase, *, has_tools: bool = True) -> O
         start = len(before) if is_ended else len(before) - len(end)
         return tuple(encode_pieces(tokenizer, text[start:], _MARK))
 
-    return observe
+    return lambda messages, is_ended: encoded(json.dumps(messages), is_ended)
 
 
 def opened_prompt(

@@ -45,6 +45,19 @@ def test_a_turn_without_its_control_token_gets_it_first() -> None:
     assert OBSERVE(said("x"), False) == (TOKENIZER.eos_token_id, *OBSERVE(said("x"), True))
 
 
+def test_what_a_group_hears_alike_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = chat_tokenizer()
+    observe = observer(tokenizer)
+    heard = [observe(said(text, name), is_ended) for text in "xy" for name in "fg" for is_ended in (True, False)]
+    assert len(set(heard)) == 4  # this template does not write the name
+    monkeypatch.setattr(tokenizer, "apply_chat_template", None)
+    assert [
+        observe(said(text, name), is_ended) for text in "xy" for name in "fg" for is_ended in (True, False)
+    ] == heard
+    with pytest.raises(ValueError, match="template"):
+        observe(said("z"), True)
+
+
 def test_llama_writes_results_as_json() -> None:
     tokenizer = chat_tokenizer(LLAMA, eos="<|eot_id|>")
     text = tokenizer.decode(observer(tokenizer)(said('say "x"'), True))
