@@ -28,11 +28,14 @@ class HeadCall:
         rule: a loss per scored row, which is differentiated while its logits are there; None returns
             differentiable log-probabilities.
         loss: [] the sum of the rule's losses, once the head has run.
+        given: log-probability and entropy [C] each that the model was given with a rule; leaves, so that what is made
+            of them can be differentiated.
     """
 
     scored: Tensor
     rule: TokenRule | None = None
     loss: Tensor | None = field(default=None)
+    given: tuple[Tensor, Tensor] | None = field(default=None)
 
 
 _call: ContextVar[HeadCall | None] = ContextVar("fastrl_trl_head_call", default=None)
@@ -128,7 +131,8 @@ class FusedHead:
             found = self._outputs(of_rows[0], weight, of_rows[1], outputs, options)
         else:
             call.loss, stats, _ = linear_token_loss(of_rows[0], weight, of_rows[1], call.rule, **options)
-            found = (stats.logprob.float(), stats.entropy.float(), None, None, None)
+            call.given = (_leaf(stats.logprob), _leaf(stats.entropy))
+            found = (*call.given, None, None, None)
         if rows is None:
             return found
         return tuple(None if x is None else x.new_zeros(len(targets)).index_put((rows,), x) for x in found)  # type: ignore[return-value]
@@ -169,6 +173,10 @@ class _Observer:
             self.is_top[rows] = z.argmax(-1) == self.targets[rows]
         if self.log_sum_squares is not None:
             self.log_sum_squares[rows] = (2 * z).logsumexp(-1) - 2 * z.logsumexp(-1)
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().float().clone().requires_grad_()
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

@@ -50,10 +50,12 @@ class PackedForward:
         rule: a loss per scored token, given places among the [S (L - 1)] labels; None returns log-probabilities with
             their gradient.
         loss: [] the sum of the rule's losses in the last forward.
+        given: log-probability, entropy (leaves) and place [C] of each scored token in the last forward with a rule.
     """
 
     rule: TokenRule | None = None
     loss: Tensor | None = field(default=None)
+    given: tuple[Tensor, Tensor, Tensor] | None = field(default=None)
 
 
 def packed_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, is_one_row: bool) -> PackedRows:
@@ -142,6 +144,7 @@ def _packed_call(unpacked: Callable[..., Any], rows: PackedRows, labels: Tensor,
             full = value.new_zeros(padded[0] * padded[1]).index_put((place,), value[scored])
             found[name] = full.view(padded)
     asked.loss = call.loss
+    asked.given = None if call.given is None else (*call.given, place)
     # A wrapper that looks for unused parameters starts from what forward returns.
     return replace(output, **found, loss=output.loss if call.loss is None else call.loss)
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from trl import DPOTrainer, GRPOTrainer
 
 from fastrl.integrations.trl import active, patch
+from fastrl.integrations.trl_head import TokenRule
 from fastrl.integrations.trl_objective import is_by_token, token_rule
 from fastrl.integrations.trl_packing import PackedForward, pack_forward
 
+GRADIENT_TOLERANCE = 1e-3  # of the sum of sizes
 TOLERANCE = 1e-4  # between TRL's loss and ours of the same log-probabilities, relative to 1 + |loss|; float32 sums
 
 
@@ -39,13 +41,15 @@ class FastGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if not self.uses_single_pass:
             return super()._compute_loss(model, inputs)  # type: ignore[no-any-return]
-        self._packed.rule = token_rule(self, inputs)
+        rule = self._packed.rule = token_rule(self, inputs)
         try:
             value = super()._compute_loss(model, inputs)
         finally:
             self._packed.rule = None
-        loss = self._packed.loss
+        loss, given = self._packed.loss, self._packed.given
         assert loss is not None
+        assert given is not None
+        self._packed.given = None
         # CISPO's two forms differ by a constant; the gradient is the same.
         is_same = torch.isclose(value.float(), loss.float(), rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
         if self.loss_type != "cispo" and not is_same:
@@ -53,6 +57,8 @@ class FastGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 f"TRL's loss is {value.item()} and fastrl's of the same log-probabilities {loss.item()}: this TRL, or "
                 "a subclass, computes another loss; use GRPOTrainer with fastrl.integrations.trl.patch()"
             )
+        if value.requires_grad:
+            _require_same_gradient(value, rule, given)
         return loss + (value - loss).detach()  # type: ignore[no-any-return]
 
 
@@ -70,6 +76,36 @@ class FastDPOTrainer(DPOTrainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         _require_supported(self)
         self._packed = _pack_models(self)
+
+
+def _require_same_gradient(value: Tensor, rule: TokenRule, given: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Raise where TRL's loss has another gradient than the rule's: on policy, losses of many forms have one value.
+
+    Args:
+        value: [] TRL's loss of the given log-probabilities.
+        rule: that fastrl has differentiated.
+        given: log-probability, entropy (leaves) and place [C]. A backward pass that reaches them later raises too:
+            what was made of them besides the loss would be lost, as they end at the head.
+    """
+    leaves = given[:2]
+    theirs = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+    ours = torch.autograd.grad(rule(*given).sum(), leaves, allow_unused=True, materialize_grads=True)
+    gap = sum(float((x - y).abs().sum()) for x, y in zip(theirs, ours, strict=True))
+    # A sum over tokens: one that lies on the edge of a clip may fall on either side.
+    if gap > GRADIENT_TOLERANCE * sum(float(x.abs().sum()) for x in ours):
+        raise RuntimeError(
+            "TRL's loss has another gradient by the log-probabilities than fastrl's: this TRL, or a subclass, computes "
+            "another loss; use GRPOTrainer with fastrl.integrations.trl.patch()"
+        )
+
+    def lost(gradient: Tensor) -> None:
+        raise RuntimeError(
+            "a subclass uses log-probabilities or entropies of FastGRPOTrainer's single pass outside the loss, and "
+            "their gradient would be lost: use GRPOTrainer with fastrl.integrations.trl.patch()"
+        )
+
+    for leaf in leaves:
+        leaf.register_hook(lost)
 
 
 def _require_supported(trainer: Any) -> None:

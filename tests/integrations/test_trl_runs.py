@@ -169,3 +169,34 @@ def test_packing_feeds_fewer_positions(implementation, tmp_path):
     assert seen
     assert torch.Size(seen[0]).numel() < padded[0].numel()
     assert seen[0][1] < padded[0][1]
+
+
+class HalfLogprobs(FastGRPOTrainer):
+    """Whose loss has the same value on policy, and half the gradient."""
+
+    def _get_per_token_logps_and_entropies(self, *args, **settings):
+        logprob, *others = super()._get_per_token_logps_and_entropies(*args, **settings)
+        self.seen = logprob
+        return (logprob * 0.5, *others)
+
+
+class TermOfLogprobs(FastGRPOTrainer):
+    """Which adds to the loss a term of log-probabilities that end at the head."""
+
+    def _get_per_token_logps_and_entropies(self, *args, **settings):
+        found = super()._get_per_token_logps_and_entropies(*args, **settings)
+        self.seen = found[0]
+        return found
+
+    def _compute_loss(self, model, inputs):
+        return super()._compute_loss(model, inputs) + self.seen.mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [(HalfLogprobs, "another gradient"), (TermOfLogprobs, "gradient would be lost")]
+)
+def test_a_subclass_whose_gradient_the_single_pass_would_miss_is_refused(kind, message, tmp_path):
+    made = trainer(kind, tmp_path, steps_per_generation=1)
+    assert made.uses_single_pass
+    with pytest.raises(RuntimeError, match=message):
+        made.train()
