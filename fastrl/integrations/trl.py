@@ -147,6 +147,12 @@ def _checked_version() -> str:
             f"fastrl fits TRL >=1.16,<2 and found {found}, whose fused head has other arguments or returns: "
             "pip install 'trl>=1.16,<2'"
         )
+    running = import_module("trl").__version__
+    if running != found:
+        raise RuntimeError(
+            f"the TRL that was imported says it is {running}, the one that is installed {found}: start Python again, "
+            "with one of them"
+        )
     return found
 
 

@@ -35,6 +35,16 @@ def test_another_version_is_refused_in_a_sentence(monkeypatch, found):
     assert integration.active() is None
 
 
+@needs_trl
+def test_an_imported_trl_that_is_not_the_installed_one_is_refused(monkeypatch):
+    import trl
+
+    monkeypatch.setattr(trl, "__version__", "1.17.0")
+    with pytest.raises(RuntimeError, match=r"imported says it is 1\.17\.0"):
+        integration.patch()
+    assert integration.active() is None
+
+
 def test_no_trl_is_refused_in_a_sentence(monkeypatch):
     def absent(name):
         raise importlib.metadata.PackageNotFoundError(name)
