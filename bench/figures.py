@@ -73,12 +73,13 @@ class Comparison:
 
 
 def read(root: Path = ROOT) -> list[Record]:
-    """Every record of every results file, in the files' order."""
+    """Every record of a row, of every results file, in the files' order; other programs keep their records there too."""
     found = []
     for path in sorted((root / RESULTS).glob("*.jsonl")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            if line.strip():
-                found.append(Record(f"{RESULTS}/{path.name}", number, json.loads(line)))
+            values = json.loads(line) if line.strip() else {}
+            if "row" in values:
+                found.append(Record(f"{RESULTS}/{path.name}", number, values))
     return found
 
 

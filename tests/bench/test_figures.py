@@ -39,6 +39,7 @@ def root(tmp_path: Path) -> Path:
         record("with fastrl", 20.0, row="host"),
         record("without", 10.0, row="host"),
         record("native", 1.0, row="alone"),
+        {"task": "another program's record"},
     ]
     (folder / "op.cpu.quick.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     blocks = "".join(f"<!-- results:{kind} -->\nold\n<!-- /results:{kind} -->\n" for kind in ("cpu", "cuda"))
