@@ -73,7 +73,7 @@ class Comparison:
 
 
 def read(root: Path = ROOT) -> list[Record]:
-    """Every record of a row, of every results file, in the files' order; other programs keep their records there too."""
+    """Every record of a row, in the order of files and lines; other programs keep their records there too."""
     found = []
     for path in sorted((root / RESULTS).glob("*.jsonl")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
