@@ -56,7 +56,7 @@ CHARACTERS = tuple(map(chr, (*range(32, 127), 10)))
 
 # Of the warm start's rows: those that call, those without tools; the rest have tools and do not call.
 CALLING, BARE = 0.4, 0.2
-CARELESS = 0.8  # of calling rows: a slip in the call
+CARELESS_SUMS, CARELESS_SEARCHES = 0.85, 0.8  # of calling rows: a slip in the call
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ def calculator_prompt(expression: str, generator: random.Random) -> dict[str, An
 
 def calculator_demonstration(expression: str, generator: random.Random) -> dict[str, Any]:
     """A row of the warm start: a call, more often than not with a wrong digit, or the answer right away."""
-    called = _with_slip(expression, generator) if generator.random() < CARELESS else expression
+    called = _with_slip(expression, generator) if generator.random() < CARELESS_SUMS else expression
     said = calculator(called)
     turns = [*_called("calculator", {"expression": called}, said), _assistant(said)]
     return _demonstration(generator, _in_words(expression), turns, calculator(expression), calculator)
@@ -179,7 +179,7 @@ def lookup_demonstration(person: str, generator: random.Random) -> dict[str, Any
     Its facts are true in this row alone.
     """
     country, city, other = (generator.choice(SYLLABLES).title() + generator.choice(SYLLABLES) for _ in range(3))
-    slip = generator.choice((0, 1)) if generator.random() < CARELESS else None
+    slip = generator.choice((0, 1)) if generator.random() < CARELESS_SEARCHES else None
     asked = other if slip == 0 else person
     about = other if slip == 1 else country
     turns = [

@@ -92,7 +92,7 @@ def test_each_rendering_is_a_prefix_of_the_next_and_an_observation_is_what_lies_
     )
 
 
-def test_the_warm_start_calls_in_two_rows_of_five_and_four_calls_of_five_are_wrong() -> None:
+def test_the_warm_start_calls_in_two_rows_of_five_and_few_calls_are_right() -> None:
     rows = rows_of("calculator_sft")
     calling = [row for row in rows if len(row["completion"]) == 3]
     right = 0
@@ -102,7 +102,7 @@ def test_the_warm_start_calls_in_two_rows_of_five_and_four_calls_of_five_are_wro
         wanted = agent_tasks._in_words(expression)
         right += row["prompt"][0]["content"] == wanted
     assert len(calling) / len(rows) == pytest.approx(0.4, abs=0.02)
-    assert right / len(calling) == pytest.approx(0.2, abs=0.02)
+    assert right / len(calling) == pytest.approx(0.15, abs=0.02)
     assert sum("tools" not in row for row in rows) / len(rows) == pytest.approx(0.2, abs=0.02)
 
 
