@@ -139,7 +139,7 @@ def test_a_call_scores_its_rows_only():
         torch.testing.assert_close(got, want)
 
 
-def test_a_call_with_a_rule_gives_the_loss_and_constant_log_probabilities():
+def test_a_call_with_a_rule_gives_the_loss_and_log_probabilities_cut_from_the_model():
     hidden, weight, bias, target = inputs()
     scored = torch.arange(37) % 3 != 0
     rows = torch.linspace(-1, 2, 37)
@@ -154,8 +154,11 @@ def test_a_call_with_a_rule_gives_the_loss_and_constant_log_probabilities():
     expected = ((rows * plain[0].exp() - 0.1 * plain[1]) * scored).sum()
     torch.testing.assert_close(call.loss, expected)
     torch.testing.assert_close(logprob, plain[0].detach() * scored)
-    assert not logprob.requires_grad
-    assert not entropy.requires_grad
+    # They are leaves of their own: what a loss built on them asks of them is compared with the rule's own gradient.
+    assert all(x is None for x in torch.autograd.grad(logprob.sum(), (hidden, weight, bias), allow_unused=True))
+    of_logprob, of_entropy = torch.autograd.grad((3 * logprob).sum() + (2 * entropy).sum(), call.given)
+    assert of_logprob.tolist() == [3.0] * int(scored.sum())
+    assert of_entropy.tolist() == [2.0] * int(scored.sum())
     got = torch.autograd.grad(call.loss, (hidden, weight, bias))
     want = torch.autograd.grad(expected, (hidden, weight, bias))
     for mine, theirs in zip(got, want, strict=True):
