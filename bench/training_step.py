@@ -330,9 +330,18 @@ def _machine(case: Case, dtype: torch.dtype, device: str) -> Machine:
     known = [
         each for name, each in MACHINES.items() if device == "cuda" and name in torch.cuda.get_device_name().lower()
     ]
-    mean = round(case.lengths.prompt + case.lengths.mean())
-    tokens = min(case.micro_tokens, round(workload(case).tokens))
-    return known[0] if known else measured_machine(case.shape, tokens=tokens, sequence=mean, dtype=dtype, device=device)
+    if known:
+        return known[0]
+    work = workload(case)
+    share = min(1.0, case.micro_tokens / work.tokens)
+    return measured_machine(
+        case.shape,
+        tokens=round(work.tokens * share),
+        head_rows=round(work.head_rows * share),
+        sequence=round(case.lengths.prompt + case.lengths.mean()),
+        dtype=dtype,
+        device=device,
+    )
 
 
 def _timed(steps: dict[str, Callable[[], dict[str, float]]], repeats: int, device: str) -> dict[str, list[float]]:

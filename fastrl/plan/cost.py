@@ -1,6 +1,7 @@
 """Seconds of a training step: operations over the products' rate plus bytes over the bandwidth, term by term.
 
-    seconds = max(sum over terms of (operations / rate + bytes / bandwidth), launches * launch)
+    seconds = max(sum over terms of (operations / rate + max(bytes / bandwidth, logits * logit)),
+                  launches * launch)
 
 A product's own operands stream in under its arithmetic and cost no bytes here. Kernels of a step run one after the
 other; the host that launches them runs ahead, so the slower of the two counts.
@@ -31,6 +32,8 @@ class Term:
         bytes: read and written by kernels that are not products.
         launches: kernels.
         is_attention: its operations run at the attention's rate.
+        is_layers: its bytes are those of the layers' elementwise kernels.
+        logits: that the loss reads and differentiates; `bytes` counts them too, for a machine whose memory limits them.
     """
 
     name: str
@@ -38,11 +41,14 @@ class Term:
     bytes: float
     launches: int = 0
     is_attention: bool = False
+    is_layers: bool = False
+    logits: float = 0.0
 
     def seconds(self, machine: Machine) -> float:
         """On the device, one kernel after the other."""
         rate = machine.attention if self.is_attention else machine.products
-        return self.operations / rate + self.bytes / machine.bandwidth
+        bandwidth = machine.layers or machine.bandwidth if self.is_layers else machine.bandwidth
+        return self.operations / rate + max(self.bytes / bandwidth, self.logits * machine.logit)
 
 
 def training_terms(work: Workload, layer: LayerCost = BFLOAT16, *, chunk_bytes: int = CHUNK_BYTES) -> list[Term]:
@@ -73,12 +79,14 @@ def training_terms(work: Workload, layer: LayerCost = BFLOAT16, *, chunk_bytes: 
             0.0,
             (1 + forward_again) * layer.traffic(shape) * shape.layers * work.tokens,
             int(kernels * (1 + forward_again)),
+            is_layers=True,
         ),
         Term(
             "head: products and loss",
             6.0 * work.head_rows * shape.head,
             10.0 * work.head_rows * shape.vocab + 8.0 * chunks * shape.head,
             HEAD_LAUNCHES * chunks,
+            logits=work.head_rows * shape.vocab,
         ),
         Term("gradients: sum", 0.0, float(ACCUMULATE_BYTES[layer.element]) * micro * shape.parameters),
         Term("optimizer", 0.0, float(ADAM_BYTES[layer.element]) * shape.parameters, 8),

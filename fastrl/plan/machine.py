@@ -23,6 +23,9 @@ class Machine:
         link: bytes per second one processor sends to others of its node.
         network: bytes per second one processor sends to other nodes.
         per_node: processors of one node.
+        layers: bytes per second of the layers' elementwise kernels where that is less than `bandwidth` (a CPU, whose
+            arithmetic and fresh memory cost more than the traffic); 0 where it is not.
+        logit: seconds of the loss on one logit, forward and gradient, likewise.
     """
 
     name: str
@@ -36,6 +39,8 @@ class Machine:
     link: float
     network: float
     per_node: int = 8
+    layers: float = 0.0
+    logit: float = 0.0
 
 
 # Products, bandwidth and memory of the H200 were measured on one. The other machines' data sheets are scaled by what
