@@ -1,9 +1,10 @@
 """Sampled tokens per second: the built-in engine against transformers' `generate`, same model, prompts and limits.
 
-    python -m bench.rollout [--quick]
+    python -m bench.rollout [--quick] [--results FOLDER]
 
 A plain script rather than a row: two samplers draw different tokens, so there is no value to compare. Their greedy
-completions are compared instead, before anything is timed. Tokens after a row's end are not counted for either side.
+completions are compared instead, before anything is timed. Tokens after a row's end are not counted for either side,
+and a record's milliseconds are those of as many tokens as the two drew on average.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from bench.__main__ import ROOT, provenance, write
 from fastrl.rollout.builtin import BuiltinEngine
 from fastrl.rollout.engine import Sampling
 
@@ -105,34 +109,60 @@ def by_engine(engine: BuiltinEngine, case: Case, prompts: list[list[int]], is_gr
     return [list(rollout.completion_ids) for rollout in rollouts]
 
 
-def tokens_per_second(sample: Callable[[], list[list[int]]]) -> float:
+def run(sample: Callable[[], list[list[int]]]) -> tuple[int, float]:
+    """Tokens drawn, and seconds."""
     start = time.perf_counter()
     tokens = sum(map(len, sample()))
-    return tokens / (time.perf_counter() - start)
+    return tokens, time.perf_counter() - start
+
+
+def measured(case: Case, rounds: int, device: str) -> list[dict[str, Any]]:
+    """One record per side, timed in turns after their greedy completions have agreed."""
+    model, prompts = model_of(case, device), prompts_of(case)
+    engine = BuiltinEngine(model, NoEOS())
+    sides = {"generate": partial(by_generate, model, case), "fastrl": partial(by_engine, engine, case)}
+    if len({str(side(prompts, True)) for side in sides.values()}) != 1:
+        raise RuntimeError(f"{case}: the greedy completions differ, so the two sides do not do the same work")
+    turns = [{name: run(partial(side, prompts, False)) for name, side in sides.items()} for _ in range(rounds + 1)]
+    del turns[0]  # the first round warms up
+    usual = statistics.mean(turn[name][0] for turn in turns for name in sides)
+    records = []
+    for name in sides:
+        rates = [tokens / seconds for tokens, seconds in (turn[name] for turn in turns)]
+        times = sorted(1e3 * usual / rate for rate in rates)
+        records.append(
+            {
+                "contender": name,
+                "dtype": "float32",
+                "ms": statistics.median(times),
+                "ms_p10": times[0],
+                "ms_p90": times[-1],
+                "repeats": rounds,
+                "tokens_per_second": statistics.median(rates),
+            }
+        )
+    return records
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7, help="timed runs of each side, alternating; medians are shown")
     parser.add_argument("--quick", action="store_true", help="the tiny models only")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the JSON lines")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; sampled tokens per second, median")
     print(f"{'case':26s}{'generate':>10s}{'fastrl':>10s}{'ratio':>8s}")
+    origin, records = provenance(device, quick=options.quick), []
     for name, case in CASES.items():
         if options.quick and not name.startswith("tiny"):
             continue
-        model, prompts = model_of(case, device), prompts_of(case)
-        engine = BuiltinEngine(model, NoEOS())
-        sides = {"generate": partial(by_generate, model, case), "fastrl": partial(by_engine, engine, case)}
-        if len({str(side(prompts, True)) for side in sides.values()}) != 1:
-            raise RuntimeError(f"{name}: the greedy completions differ, so the two sides do not do the same work")
-        rates = []
-        for _ in range(options.rounds + 1):
-            rates.append({key: tokens_per_second(partial(side, prompts, False)) for key, side in sides.items()})
-        del rates[0]  # the first round warms up
-        generate, fastrl = (statistics.median(rate[key] for rate in rates) for key in ("generate", "fastrl"))
+        found = measured(case, options.rounds, device)
+        generate, fastrl = (each["tokens_per_second"] for each in found)
         print(f"{name:26s}{generate:10.0f}{fastrl:10.0f}{fastrl / generate:8.2f}", flush=True)
+        shape = {"name": name, "sizes": asdict(case)}
+        records += [{"row": "rollout", "shape": shape, **each, **origin} for each in found]
+    write(options.results / f"rollout.{device}.jsonl", records)
 
 
 if __name__ == "__main__":

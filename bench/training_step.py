@@ -8,7 +8,8 @@ contender takes the same optimizer step from the same rollouts, rewards and adva
     eager head        N x V logits and autograd
     no skipping       completions with advantage 0 go through the model too
 
-and on a GPU one puts something in: "triton layers" runs `kernels.layers: triton` on the same weights.
+and on a GPU one puts something in: "triton layers" runs `kernels.layers: triton` on the same weights. Where TRL is
+installed its GRPO trainer takes the step too: see `bench.trl_contender`.
 
 Loss and gradient norm must agree before anything is timed. `predicted_ms` is what `fastrl plan`'s cost model says of
 the same step: of a GPU from its data in `fastrl.plan.machine`, of another machine from operators timed just before.
@@ -31,6 +32,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from bench.__main__ import ROOT, provenance
 from bench.this_machine import measured_machine
+from bench.trl_contender import trl_steps
 from fastrl.algorithms.policy_gradient import PolicyGradient
 from fastrl.algorithms.presets import dapo
 from fastrl.plan.cost import CHUNK_BYTES, mfu, step_seconds, training_terms
@@ -143,10 +145,11 @@ def measured(case: Case, *, device: str, repeats: int) -> Iterator[dict[str, Any
     optimizer = MasterAdamW(model)
     replay = replayed(case)
     steps = contenders(case, model, optimizer, replay)
+    steps |= trl_steps(case, replay, partial(plain_model, case.shape, case.lengths, dtype=dtype, device=device))
     if device == "cuda":
         steps[TRITON] = partial(_in_triton, model, steps["fastrl"])
-    _check(steps)
-    times = _timed(steps, repeats, device)
+    check(steps)
+    times = timed(steps, repeats, device)
     work = workload(case)
     machine = _machine(case, dtype, device)
     layer = BFLOAT16 if dtype == torch.bfloat16 else NATIVE_FLOAT32
@@ -169,12 +172,12 @@ def measured(case: Case, *, device: str, repeats: int) -> Iterator[dict[str, Any
             "repeats": len(samples),
             "tokens_per_second": 1e3 * tokens / ms,
             "mfu": mfu(work, ms / 1e3, machine),
-            "peak_gib": _peak_gib(steps[name], optimizer, device),
+            "peak_gib": peak_gib(steps[name], optimizer, device),
             **predicted.get(name, {}),
         }
 
 
-def _check(steps: dict[str, Callable[[], dict[str, float]]]) -> None:
+def check(steps: dict[str, Callable[[], dict[str, float]]]) -> None:
     """Run every contender once and raise where one computes something else; Triton's may fail, and is left out."""
     truth: dict[str, float] = {}
     for name, step in list(steps.items()):
@@ -206,6 +209,13 @@ def _in_triton(model: PreTrainedModel, step: Callable[[], dict[str, float]]) -> 
 
 def random_model(shape: ModelShape, lengths: Lengths, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """A Qwen3 of that shape with random weights, ready for packed batches."""
+    model = plain_model(shape, lengths, dtype=dtype, device=device)
+    make_packed(model, device=device, attn_implementation="auto", gradient_checkpointing=False)
+    return model
+
+
+def plain_model(shape: ModelShape, lengths: Lengths, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """The same weights in transformers' own model."""
     config = Qwen3Config(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
@@ -219,9 +229,7 @@ def random_model(shape: ModelShape, lengths: Lengths, *, dtype: torch.dtype, dev
     )
     torch.manual_seed(SEED)
     with torch.device(device):
-        model = Qwen3ForCausalLM(config).to(dtype)
-    make_packed(model, device=device, attn_implementation="auto", gradient_checkpointing=False)
-    return model
+        return Qwen3ForCausalLM(config).to(dtype)
 
 
 def replayed(case: Case) -> Replay:
@@ -344,7 +352,7 @@ def _machine(case: Case, dtype: torch.dtype, device: str) -> Machine:
     )
 
 
-def _timed(steps: dict[str, Callable[[], dict[str, float]]], repeats: int, device: str) -> dict[str, list[float]]:
+def timed(steps: dict[str, Callable[[], dict[str, float]]], repeats: int, device: str) -> dict[str, list[float]]:
     """Milliseconds of each contender, every one first in turn."""
     samples: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
@@ -358,7 +366,7 @@ def _timed(steps: dict[str, Callable[[], dict[str, float]]], repeats: int, devic
     return samples
 
 
-def _peak_gib(step: Callable[[], dict[str, float]], optimizer: MasterAdamW, device: str) -> float:
+def peak_gib(step: Callable[[], dict[str, float]], optimizer: MasterAdamW, device: str) -> float:
     """Most memory alive above weights and optimizer state during a step."""
     if device == "cuda":
         torch.cuda.synchronize()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from bench import training_step
 from bench.training_step import CPU_CASES, CPU_CHUNK, Case, measured, replayed, workload
+from bench.trl_contender import NAMES
 from fastrl.ops import head
 from fastrl.plan.lengths import Lengths
 from fastrl.plan.shape import ModelShape
@@ -18,10 +20,12 @@ TINY = ModelShape(hidden=16, layers=1, heads=2, kv_heads=1, head_dim=8, intermed
 CASE = Case(TINY, 4, 4, Lengths(prompt=3, median=6, longest=20), 0.5, 64)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # TRL's own name for it
 def test_contenders_take_the_same_step_and_are_all_timed() -> None:
     records = list(measured(CASE, device="cpu", repeats=2))
     assert [record["contender"] for record in records] == [
-        *("fastrl", "no packing", "eager head", "no skipping", "none of the three")
+        *("fastrl", "no packing", "eager head", "no skipping", "none of the three"),
+        *(NAMES if find_spec("trl") is not None else ()),
     ]
     for record in records:
         assert 0 < record["ms_p10"] <= record["ms"] <= record["ms_p90"]
@@ -31,6 +35,7 @@ def test_contenders_take_the_same_step_and_are_all_timed() -> None:
     assert "predicted_ms" not in records[1]
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_a_contender_with_another_loss_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     real = training_step.contenders
 
@@ -50,7 +55,7 @@ def test_the_layers_in_triton_take_the_same_step_and_leave_the_model_as_it_was()
     optimizer = MasterAdamW(model)
     step = training_step.contenders(tiny, model, optimizer, replayed(tiny))["fastrl"]
     steps = {"fastrl": step, training_step.TRITON: lambda: training_step._in_triton(model, step)}
-    training_step._check(steps)
+    training_step.check(steps)
     found, truth = steps[training_step.TRITON](), step()
     assert found["grad_norm"] == pytest.approx(truth["grad_norm"], rel=1e-4)
     assert [type(module) for module in model.modules()] == kinds
@@ -64,11 +69,11 @@ def test_layers_in_triton_that_fail_are_left_out_and_said(capsys: pytest.Capture
         raise OSError("no such chip")
 
     steps = {"fastrl": lambda: {"loss": 1.0, "grad_norm": 1.0}, training_step.TRITON: failing}
-    training_step._check(steps)
+    training_step.check(steps)
     assert list(steps) == ["fastrl"]
     assert "triton layers       failed: OSError: no such chip" in capsys.readouterr().out
     with pytest.raises(OSError, match="no such chip"):
-        training_step._check({"another": failing})
+        training_step.check({"another": failing})
 
 
 def test_half_of_the_groups_have_no_signal_and_the_cost_model_knows() -> None:
