@@ -42,7 +42,8 @@ class Hanging(Buttons):
 def presses(environments: list[Any], completions: list[list[dict[str, Any]]], **columns: Any) -> list[float]:
     """A reward function that reads environments and messages."""
     for environment, messages in zip(environments, completions, strict=True):
-        assert environment.presses == sum(
+        # Results that no longer fit are in no message, and end their episode.
+        assert environment.presses >= sum(
             message["role"] == "tool" and "error" not in message["content"] for message in messages
         )
     return [float(environment.presses) for environment in environments]

@@ -45,6 +45,7 @@ def test_episodes_are_trained_logged_and_shown(agent: tuple[Path, Path], tmp_pat
     # Each step compares the sampler's log-probabilities of the trained tokens with the trainer's and would stop.
     assert grpo.run(config(agent, tmp_path, reward_funcs=("tests.recipes.agent_environments:presses",))) == 0
     first = metrics_of(tmp_path)[0]
+    assert not read_log(tmp_path / "errors.jsonl")
     assert first["tools/call_frequency"] > 0
     assert 0 < first["tools/failure_frequency"] < 1  # some calls are broken
     assert first["episodes/turns"] > 1

@@ -21,6 +21,8 @@ from fastrl.train.config import (
     DistributedBlock,
     DPOConfig,
     DynamicSamplingBlock,
+    EnvironmentBlock,
+    GRPOConfig,
     KTOConfig,
     OnlineDPOConfig,
     ORPOConfig,
@@ -34,10 +36,11 @@ from fastrl.train.config import (
 )
 from fastrl.train.interrupt import EXIT_INTERRUPTED
 from fastrl.train.ranks import launched_ranks
+from tests.recipes.agents import make_agent_base
 from tests.recipes.distillation import distill_config, gkd_config, make_teacher, store
 from tests.recipes.ppo_runs import ppo_config
 from tests.recipes.preference_runs import configured, pair_rows, ranked_rows, unpaired_rows, write_rows
-from tests.recipes.runs import Base, assert_same_run, grpo_config, learning_curve, sft_config, weights_of
+from tests.recipes.runs import Base, assert_same_run, grpo_config, learning_curve, metrics_of, sft_config, weights_of
 from tests.recipes.test_reward import rows_of
 from tests.train.ranks import RECIPES, Failed, on_ranks, on_two, results, run_recipe
 
@@ -68,7 +71,7 @@ def assert_same_to_rounding(one: Path, two: Path, *, checkpoint: int) -> None:
     assert len(expected) == len(got) > 0
     for line, other in zip(expected, got, strict=True):
         # A metric of the sampler's rounding errors is one of rounding errors.
-        names = {name for name in line.keys() | other.keys() if not name.startswith("sampling/")}
+        names = {name for name in line.keys() | other.keys() if not name.startswith("sampling/")} - {"episodes/seconds"}
         assert {name: other[name] for name in names} == pytest.approx(
             {name: line[name] for name in names}, rel=1e-4, abs=2e-6
         )
@@ -106,6 +109,25 @@ def test_grpo_and_its_presets(base: Base, tmp_path: Path, case: str, shard: Any)
     config = grpo_config(base, tmp_path, **(CALM | {"max_steps": 4} | GRPO[case]))
     config = replace(config, packing=PackingBlock(token_budget=60), rewards=RewardsBlock(workers=0, max_error_rate=1.0))
     check("grpo", config, tmp_path, distributed=DistributedBlock(shard=shard))
+
+
+@pytest.mark.slow
+def test_episodes_with_tools(tmp_path: Path) -> None:
+    model, prompts = make_agent_base(tmp_path)
+    block = EnvironmentBlock(
+        factory="tests.recipes.agent_environments:Raising", tools=("calculator",), max_tool_calling_iterations=3,
+        workers=2, turn_advantage_weight=0.5, turn_gamma=0.5,
+    )  # fmt: skip
+    config = GRPOConfig(
+        model_name_or_path=str(model), train_dataset=str(prompts), output_dir=str(tmp_path), environment=block,
+        reward_funcs=("tests.recipes.agent_environments:presses",), rewards=RewardsBlock(workers=0, max_error_rate=1.0),
+        max_steps=2, per_device_train_batch_size=24, num_generations=4, max_completion_length=160, beta=0.04,
+        packing=PackingBlock(token_budget=200), report=ReportBlock(panel=False, log_completions=24), **CALM,
+    )  # fmt: skip
+    check("grpo", config, tmp_path)
+    first = metrics_of(tmp_path / "both")[0]
+    assert first["tools/call_frequency"] > 0
+    assert first["episodes/environment_error_rate"] > 0
 
 
 def supervised(base: Base, folder: Path) -> TrainConfig:
