@@ -27,7 +27,7 @@ KINDS = {"cpu": "A CPU", "cuda": "A GPU"}
 # What the ops choose by themselves, best first, and what other programs call their own side. The rest is a rival, but
 # for ablations and forms of ours that nobody gets by default.
 OURS = {"cpu": ("fastrl", "with fastrl", "native", "torch"), "cuda": ("fastrl", "with fastrl", "triton", "torch")}
-FORMS = ("linear_logprob", "torch, ", "no packing", "eager head", "no skipping")
+FORMS = ("linear_logprob", "torch, ", "no packing", "eager head", "no skipping", "no sharing")
 WIDTH, LINE, LEFT, RIGHT = 760, 18, 330, 60
 
 

@@ -264,7 +264,8 @@ def contenders(
             "no packing": partial(one, is_packed=False),
             "eager head": partial(one, kernels=KernelsBlock(backend="reference")),
             "no skipping": partial(one, skips=False),
-            "none of the three": partial(one, is_packed=False, kernels=KernelsBlock(backend="reference"), skips=False),
+            "no sharing": partial(one, shares=False),
+            "none of these": partial(one, is_packed=False, kernels=KernelsBlock(backend="reference"), skips=False),
         }
         if longest <= case.micro_tokens
         else {"fastrl": one}
@@ -280,6 +281,7 @@ def _step(
     is_packed: bool = True,
     kernels: KernelsBlock = DEFAULT,
     skips: bool = True,
+    shares: bool = True,
 ) -> dict[str, float]:
     algorithm = dapo()
     everything = torch.ones(len(replay.rollouts), dtype=torch.bool)
@@ -301,6 +303,8 @@ def _step(
             for batch in _batches(case, algorithm, model, replace(step, sequences=[each]), kernels)
         ]
     )
+    if not shares:
+        batches = [replace(batch, shared=None) for batch in batches]
     loss = policy_batch_loss(model, algorithm, kernels, temperature=1.0)
     config = SFTConfig(model_name_or_path="", output_dir="", train_dataset="", max_grad_norm=1.0)
     return update(optimizer, loss, batches, config, lr=0.0, step=1)

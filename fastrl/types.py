@@ -58,6 +58,19 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedRows:
+    """Positions that sequences with a common beginning have in common; only one of each is fed to the model.
+
+    Attributes:
+        kept: [U] int64, the positions that are fed, ascending.
+        place: [T] int64, the entry of `kept` that stands for each position.
+    """
+
+    kept: Tensor
+    place: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class TokenBatch:
     """Sequences packed end to end without padding; every [T] tensor follows the alignment rule.
 
@@ -77,6 +90,8 @@ class TokenBatch:
         ref_logprob: [T] f32 under the frozen reference (l_ref).
         old_value: [T] f32 the critic's value of the state in which target[t] is chosen, when it was sampled.
         returns: [T] f32 what the critic is fitted to: advantage plus old value, before whitening.
+        shared: what the sequences have in common; None where that is too little. Only `hidden_states` looks at it:
+            every tensor above has all T positions.
     """
 
     input_ids: Tensor
@@ -92,6 +107,7 @@ class TokenBatch:
     ref_logprob: Tensor | None = None
     old_value: Tensor | None = None
     returns: Tensor | None = None
+    shared: SharedRows | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastrl.types import TokenBatch
+from fastrl.data.prefixes import LEAST_SAVED, bundles, first_alike, in_order
+from fastrl.types import SharedRows, TokenBatch
 
 IntColumn = Sequence[int] | NDArray[np.integer] | Tensor
 FloatColumn = Sequence[float] | NDArray[np.floating] | Tensor
@@ -58,8 +59,10 @@ def pack(
 ) -> list[TokenBatch]:
     """Best-fit decreasing into batches of at most `token_budget` positions; deterministic, nothing cut or padded.
 
-    The longest sequence is in the first batch, so that a step that does not fit fails at once. Within a batch,
-    sequences keep their order. The batches of one call share storage: one transfer per column.
+    Sequences that begin alike are kept together as far as that leaves batches full (a quarter of the budget at most),
+    and `shared` says which of their positions are one and the same. The longest of these runs, or else the longest
+    sequence, is in the first batch, so that a step that does not fit fails at once. Within a batch, sequences keep
+    their order. The batches of one call share storage: one transfer per column.
 
     Args:
         sequences: those of one optimizer step; an optional column is on all of them or on none.
@@ -90,6 +93,12 @@ def pack(
     columns = _joined_columns(sequences, tokens)
     _require_weights(columns["weight"], first)
 
+    fed_ids = [ids[start : start + n - 1] for start, n in zip(first, tokens, strict=True)]
+    alike, common = in_order(fed_ids)
+    if group is None:
+        share = int((tokens - 1).sum()) // (2 * parts) if parts > 1 else token_budget  # one bundle leaves ranks idle
+        runs = bundles(tokens - 1, alike, common, most=min(token_budget // 4, share))
+        group = np.repeat(np.arange(len(runs)), [len(run) for run in runs])[np.argsort(np.concatenate(runs))].tolist()
     bins = _bins(tokens - 1, token_budget, group, parts)
     order = np.concatenate(bins)  # [S] sequences in packed order
     lengths = tokens[order] - 1
@@ -103,6 +112,7 @@ def pack(
     fed, positions, target = on_device(ids[source]), on_device(position), on_device(ids[source + 1])
     shifted = {name: on_device(values[source + 1]) for name, values in columns.items()}
     sequence = on_device(order)
+    place_alike = np.argsort(alike)  # [S] place of each sequence in the order of their tokens
     batches = []
     s = t = 0
     for members in bins:
@@ -116,11 +126,31 @@ def pack(
                 cu_seqlens=on_device(borders.astype(np.int32)),
                 max_seqlen=int(lengths[s : s + len(members)].max()),
                 sequence=sequence[s : s + len(members)],
+                shared=_shared(place_alike[members], borders, common, device),
                 **{name: values[here] for name, values in shifted.items()},
             )
         )
         s, t = s + len(members), here.stop
     return batches
+
+
+def _shared(
+    places: NDArray[np.int64], borders: NDArray[np.int64], common: NDArray[np.int64], device: torch.device | str | None
+) -> SharedRows | None:
+    """What the sequences of a batch have in common, or None where it is too little to be worth it.
+
+    Args:
+        places: [K] of the batch's sequences among all, sorted by their tokens.
+        borders: [K + 1] of the sequences in the batch.
+        common: of `in_order`.
+    """
+    by_tokens = np.argsort(places)
+    same = first_alike(places[by_tokens], borders[:-1][by_tokens], np.diff(borders)[by_tokens], common)
+    is_kept = same == np.arange(len(same))
+    if is_kept.sum() > (1 - LEAST_SAVED) * len(same):
+        return None
+    place = (np.cumsum(is_kept) - 1)[same]
+    return SharedRows(torch.from_numpy(np.flatnonzero(is_kept)).to(device), torch.from_numpy(place).to(device))
 
 
 def unpack(per_token: Tensor, batch: TokenBatch) -> list[Tensor]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from fastrl.plan.layers import BFLOAT16, FORWARD_SHARE, LayerCost
 from fastrl.plan.machine import Machine
+from fastrl.plan.shape import ModelShape
 from fastrl.plan.workload import Workload
 
 CHUNK_BYTES = 1 << 30  # float32 logits of a chunk of the head; a test compares it with fastrl.ops.head
@@ -65,8 +66,9 @@ def training_terms(work: Workload, layer: LayerCost = BFLOAT16, *, chunk_bytes: 
     pair = 4.0 * shape.heads * shape.head_dim * shape.layers  # scores and values of one pair, forward
     extra = work.old_passes + int(work.has_reference)
     chunks = -(-int(work.head_rows) // max(1, chunk_bytes // (4 * shape.vocab)))
+    is_shared = int(work.fed_tokens < work.tokens)
     terms = [
-        Term("layers: products", 2.0 * passes * shape.backbone * work.tokens, 0.0),
+        Term("layers: products", 2.0 * passes * shape.backbone * work.fed_tokens, 0.0),
         Term(
             "layers: attention",
             # 2 products forward, 5 backward (the scores again): 3.5 times forward in all
@@ -77,7 +79,7 @@ def training_terms(work: Workload, layer: LayerCost = BFLOAT16, *, chunk_bytes: 
         Term(
             "layers: elementwise",
             0.0,
-            (1 + forward_again) * layer.traffic(shape) * shape.layers * work.tokens,
+            (1 + forward_again) * layer.traffic(shape) * shape.layers * work.fed_tokens,
             int(kernels * (1 + forward_again)),
             is_layers=True,
         ),
@@ -88,16 +90,28 @@ def training_terms(work: Workload, layer: LayerCost = BFLOAT16, *, chunk_bytes: 
             HEAD_LAUNCHES * chunks,
             logits=work.head_rows * shape.vocab,
         ),
+        Term(
+            "layers: shared prompts", 0.0, _spread_bytes(shape, layer.element) * work.tokens * is_shared, 6 * is_shared
+        ),
         Term("gradients: sum", 0.0, float(ACCUMULATE_BYTES[layer.element]) * micro * shape.parameters),
         Term("optimizer", 0.0, float(ADAM_BYTES[layer.element]) * shape.parameters, 8),
     ]
     if extra:
-        products = 2.0 * (shape.backbone * work.tokens + shape.head * work.head_rows) * extra
-        bytes_ = FORWARD_SHARE * layer.traffic(shape) * shape.layers * work.tokens + 4.0 * work.head_rows * shape.vocab
+        products = 2.0 * (shape.backbone * work.fed_tokens + shape.head * work.head_rows) * extra
+        bytes_ = (
+            FORWARD_SHARE * layer.traffic(shape) * shape.layers * work.fed_tokens + 4.0 * work.head_rows * shape.vocab
+        )
         name = "log-probabilities of reference and sampling policy"
         terms.append(Term(name, products, bytes_ * extra, int(kernels * FORWARD_SHARE) * extra))
         terms.append(Term(name + ": attention", pair * work.attention_pairs * extra, 0.0, is_attention=True))
     return terms
+
+
+def _spread_bytes(shape: ModelShape, element: int) -> float:
+    """Of one position: queries, keys and values are copied for all positions and their gradients summed in float32,
+    outputs are picked for the positions that are fed and their gradients put back."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return float(shape.layers * ((queries + 2 * keys) * (3 * element + 12) + queries * 4 * element))
 
 
 def step_seconds(terms: Sequence[Term], machine: Machine) -> float:
@@ -110,7 +124,7 @@ def useful_operations(work: Workload) -> float:
     """Operations that the step cannot do without: forward and backward of the trained tokens, nothing twice."""
     shape = work.shape
     attention = 12.0 * shape.heads * shape.head_dim * shape.layers * work.attention_pairs
-    return 6.0 * (shape.backbone * work.tokens + shape.head * work.head_rows) + attention
+    return 6.0 * (shape.backbone * work.fed_tokens + shape.head * work.head_rows) + attention
 
 
 def mfu(work: Workload, seconds: float, machine: Machine) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
+from fastrl.data.prefixes import LEAST_SAVED
 from fastrl.plan.lengths import Lengths
 from fastrl.plan.shape import ModelShape
 
@@ -46,8 +48,19 @@ class Workload:
 
     @property
     def tokens(self) -> float:
-        """Fed to the backbone: prompts and completions."""
+        """Positions of the packed sequences: prompts and completions."""
         return self.trained * (self.lengths.prompt + self.lengths.mean())
+
+    @property
+    def fed_tokens(self) -> float:
+        """Positions that go through the layers: a prompt once for the completions that share a micro-batch with it.
+
+        Packing keeps runs of a group together up to a quarter of a micro-batch.
+        """
+        whole = self.lengths.prompt + self.lengths.mean()
+        copies = min(self.generations, ceil(4 * self.generations * whole / self.micro_tokens))
+        fed = self.trained * (self.lengths.mean() + self.lengths.prompt * copies / self.generations)
+        return fed if fed <= (1 - LEAST_SAVED) * self.tokens else self.tokens
 
     @property
     def head_rows(self) -> float:

@@ -24,10 +24,13 @@ from transformers.masking_utils import sdpa_mask
 
 from fastrl.train import native_attention
 from fastrl.train.packed_sdpa import Buckets, bucketed, causal_band, packed_sdpa, softcapped
+from fastrl.train.shared_rows import spread
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
+
+    from fastrl.types import SharedRows
 
 Implementation = Literal["auto", "sdpa", "varlen", "flash"]
 
@@ -43,14 +46,16 @@ class Packing:
         cu_seqlens: [S + 1] int32.
         max_seqlen: length of the longest sequence.
         buckets: the plan of bucketed SDPA; None for the kernels that read `cu_seqlens`, native ones included.
+        shared: the rows that are there once for several positions; the borders are those of all positions.
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
     buckets: Buckets | None
+    shared: SharedRows | None = None
 
 
-def packing(model: PreTrainedModel, cu_seqlens: Tensor, max_seqlen: int) -> Packing:
+def packing(model: PreTrainedModel, cu_seqlens: Tensor, max_seqlen: int, shared: SharedRows | None = None) -> Packing:
     """What `model`'s attention kernel needs to know about one packed batch.
 
     Raises:
@@ -65,7 +70,7 @@ def packing(model: PreTrainedModel, cu_seqlens: Tensor, max_seqlen: int) -> Pack
     needs_buckets = name == REGISTERED["sdpa"] and not native_attention.is_available(
         next(model.parameters()), max_seqlen
     )
-    return Packing(cu_seqlens, max_seqlen, bucketed(cu_seqlens) if needs_buckets else None)
+    return Packing(cu_seqlens, max_seqlen, bucketed(cu_seqlens) if needs_buckets else None, shared)
 
 
 def use_packed_attention(model: PreTrainedModel, implementation: Implementation = "auto") -> None:
@@ -213,6 +218,8 @@ def _register(kind: str) -> None:
         if dropout > 0:
             raise ValueError("packed attention has no dropout: set the model's attention dropout to 0")
         q, k, v = (rows[0].transpose(0, 1) for rows in (query, key, value))  # [T, heads, E]
+        if packing.shared is not None:
+            q, k, v = (spread(rows, packing.shared) for rows in (q, k, v))
         if kind == "varlen":
             out = _packed_varlen(q, k, v, packing, scaling, sliding_window)
         elif kind == "flash":
@@ -223,6 +230,8 @@ def _register(kind: str) -> None:
         else:
             buckets = packing.buckets or bucketed(packing.cu_seqlens)
             out = packed_sdpa(q, k, v, buckets, scaling=scaling, window=sliding_window, softcap=softcap)
+        if packing.shared is not None:
+            out = out.index_select(0, packing.shared.kept)
         return out[None], None
 
     AttentionInterface.register(REGISTERED[kind], attend)

@@ -17,6 +17,7 @@ from fastrl.train.model_directory import TOKENIZER_FILES, check_weight_files, ha
 from fastrl.train.native_layers import LayerKernels, use_native_layers, use_triton_layers
 from fastrl.train.progress_bars import without_load_report
 from fastrl.train.quantize import four_bit, keep_differentiable
+from fastrl.train.shared_rows import spread
 from fastrl.types import Head, TokenBatch
 
 if TYPE_CHECKING:
@@ -157,6 +158,8 @@ def load_tokenizer(
 def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """The decoder's last hidden state of every packed position: what the head is applied to.
 
+    Positions that sequences share (`batch.shared`) go through the layers once; attention alone sees all of them.
+
     Returns:
         [T, D] in the model's dtype; differentiable unless gradients are off.
     """
@@ -166,20 +169,23 @@ def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     )
     if is_checkpointed:
         decoder.train()
+    ids, positions, shared = batch.input_ids, batch.position_ids, batch.shared
+    if shared is not None:
+        ids, positions = ids[shared.kept], positions[shared.kept]
     try:
         output = decoder(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
+            input_ids=ids[None],
+            position_ids=positions[None],
             # A 4-D mask passes through transformers unread. Without one it would build a [T, T] mask per forward.
             attention_mask=torch.zeros(1, 1, 0, 0, device=batch.input_ids.device),
             use_cache=False,
-            packing=packing(model, batch.cu_seqlens, batch.max_seqlen),
+            packing=packing(model, batch.cu_seqlens, batch.max_seqlen, shared),
         )
     finally:
         if is_checkpointed:
             decoder.eval()
     hidden: Tensor = output.last_hidden_state[0]
-    return hidden
+    return hidden if shared is None else spread(hidden, shared)
 
 
 def model_head(model: PreTrainedModel, *, temperature: float = 1.0) -> Head:

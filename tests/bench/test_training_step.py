@@ -24,7 +24,7 @@ CASE = Case(TINY, 4, 4, Lengths(prompt=3, median=6, longest=20), 0.5, 64)
 def test_contenders_take_the_same_step_and_are_all_timed() -> None:
     records = list(measured(CASE, device="cpu", repeats=2))
     assert [record["contender"] for record in records] == [
-        *("fastrl", "no packing", "eager head", "no skipping", "none of the three"),
+        *("fastrl", "no packing", "eager head", "no skipping", "no sharing", "none of these"),
         *(NAMES if find_spec("trl") is not None else ()),
     ]
     for record in records:

@@ -72,10 +72,18 @@ def test_the_head_of_a_hand_made_step_costs_6ndv() -> None:
     assert (step.tokens, step.head_rows, step.attention_pairs) == pytest.approx((6 * 40, 6 * 30, 6 * 40 * 40 / 2))
     terms = {term.name: term for term in training_terms(step)}
     assert terms["head: products and loss"].operations == pytest.approx(6 * 180 * 8 * 100)
-    assert terms["layers: products"].operations == pytest.approx(6 * 240 * 2 * 576)
+    assert step.fed_tokens == 2 * 10 + 6 * 30  # a prompt once
+    assert terms["layers: products"].operations == pytest.approx(6 * 200 * 2 * 576)
     # scores and values: 2 products of 2 operations per pair, head and column; 3.5 times for the backward pass
     assert terms["layers: attention"].operations == pytest.approx(3.5 * 4 * 2 * 4 * 2 * 4800)
-    assert useful_operations(step) == pytest.approx(6 * 240 * 1152 + 6 * 180 * 800 + 3 * 4 * 2 * 4 * 2 * 4800)
+    assert useful_operations(step) == pytest.approx(6 * 200 * 1152 + 6 * 180 * 800 + 3 * 4 * 2 * 4 * 2 * 4800)
+
+
+def test_a_prompt_is_fed_again_where_a_group_is_cut_and_always_where_it_saves_too_little() -> None:
+    step = Workload(shape=SMALL, lengths=FLAT, prompts=2, generations=4, micro_tokens=320)
+    assert step.fed_tokens == 2 * 2 * 10 + 8 * 30  # bundles of 80 positions: two completions of 40
+    assert replace(step, micro_tokens=160).fed_tokens == step.tokens
+    assert replace(step, lengths=replace(FLAT, prompt=3)).fed_tokens == 8 * 33  # 18 of 264 is less than a tenth
 
 
 def test_completions_without_signal_cost_nothing_in_training_and_everything_in_sampling() -> None:
@@ -90,8 +98,8 @@ def test_checkpointing_and_a_reference_each_cost_a_forward_pass_of_products() ->
         return sum(term.operations for term in training_terms(step) if not term.is_attention)
 
     plain = products(work())
-    assert products(work(checkpointing=True)) - plain == pytest.approx(2.0 * work().shape.backbone * work().tokens)
-    forward = 2.0 * (work().shape.backbone * work().tokens + work().shape.head * work().head_rows)
+    assert products(work(checkpointing=True)) - plain == pytest.approx(2.0 * work().shape.backbone * work().fed_tokens)
+    forward = 2.0 * (work().shape.backbone * work().fed_tokens + work().shape.head * work().head_rows)
     assert products(work(has_reference=True)) - plain == pytest.approx(forward)
     assert products(work(old_passes=1)) - plain == pytest.approx(forward)
 
