@@ -28,6 +28,7 @@ def test_numbers_and_gradients_are_those_of_the_logits(chunk_size: int | None) -
         (hidden.grad, exact.grad),
         (head.weight.grad, weight.grad),
     ):
+        assert expected is not None
         torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-5)
 
 

@@ -64,6 +64,7 @@ def test_every_mix_of_options(
     loss.backward(upstream)
     expected.backward(upstream.double())
     for leaf, truth in zip(leaves, exact, strict=True):
+        assert truth.grad is not None
         torch.testing.assert_close(leaf.grad, truth.grad.float(), rtol=1e-4, atol=1e-5)
 
 

@@ -90,6 +90,7 @@ def test_loss_and_gradients_over_a_head(loss_type: str, level: str, beta: float)
     expected.backward()
     torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-5)
     for leaf, truth in zip(leaves, exact, strict=True):
+        assert truth.grad is not None
         torch.testing.assert_close(leaf.grad, truth.grad.float(), rtol=1e-4, atol=1e-5)
     assert len(metrics) == (2 if beta else 1)
     gap = given["ref"] - logp
@@ -106,16 +107,17 @@ def test_over_logits_the_numbers_are_those_over_the_head(loss_type: str, level: 
         beta=0.1, temperature=0.8, epsilon_high=cap, importance_sampling_level=level, **options(loss_type)
     )
     arguments = (given["ids"], given["mask"], given["advantage"])
-    correction = {"vllm_is_ratio": given["correction"]}
+    correction = given["correction"]
     masked = given["mask"] == 0
     expected, metrics = module(
-        given["hidden"], given["weight"], *arguments, given["bias"], given["ref"], given["old"], **correction
-    )
+        given["hidden"], given["weight"], *arguments, given["bias"], given["ref"], given["old"],
+        vllm_is_ratio=correction,
+    )  # fmt: skip
     logits = given["hidden"] @ given["weight"].T + given["bias"]
     logits = torch.cat([logits, torch.zeros(B, 1, V)], dim=1).requires_grad_()
     loss, of_logits = triton_grpo_loss(
         logits, given["old"], given["ref"], given["ids"], given["advantage"], given["mask"], 0.8, 0.1, 0.2, cap,
-        importance_sampling_level=level, reduce=True, **options(loss_type), **correction,
+        vllm_is_ratio=correction, importance_sampling_level=level, reduce=True, **options(loss_type),
     )  # fmt: skip
     if loss_type == "luspo":  # over a head Liger counts masked places in, over logits they are 0
         assert loss != expected

@@ -32,7 +32,8 @@ def test_dpo(loss_type: str) -> None:
     dpo = liger.LigerFusedLinearDPOLoss(beta=cases.BETA, loss_type=loss_type, **cases.DPO[loss_type])
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        return dpo(weight, hidden, GIVEN["target"], None, GIVEN["ref_hidden"], GIVEN["ref_weight"])[0]
+        value: Tensor = dpo(weight, hidden, GIVEN["target"], None, GIVEN["ref_hidden"], GIVEN["ref_weight"])[0]
+        return value
 
     assert_as_stored(f"liger/dpo/{loss_type}", loss, GIVEN["hidden"], GIVEN["weight"])
 
@@ -57,7 +58,8 @@ def test_kto() -> None:
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         options = {"ref_input": GIVEN["ref_hidden"], "ref_weight": GIVEN["ref_weight"], "kl": kl}
-        return kto(hidden, weight, GIVEN["target"], preference_labels=GIVEN["label"], **options)[0]
+        value: Tensor = kto(hidden, weight, GIVEN["target"], preference_labels=GIVEN["label"], **options)[0]
+        return value
 
     assert_as_stored("liger/kto", loss, GIVEN["hidden"], GIVEN["weight"])
 
@@ -83,7 +85,7 @@ def test_policy_losses_over_logits(name: str, loss_type: str) -> None:
     def loss(logprob: Tensor) -> Tensor:
         logits = torch.stack([logprob, torch.log(-torch.expm1(logprob))], dim=-1)
         logits = torch.cat([logits, logits[:, :1]], dim=1)  # the last one is not read
-        return liger.triton_grpo_loss(
+        value: Tensor = liger.triton_grpo_loss(
             logits,
             GIVEN["old_logprob"],
             GIVEN["ref_logprob"],
@@ -98,6 +100,7 @@ def test_policy_losses_over_logits(name: str, loss_type: str) -> None:
             loss_type=loss_type,
             reduce=True,
         )[0]
+        return value
 
     logprob = GIVEN["logprob"].where(GIVEN["mask"], -1.0)
     expected = ALL[f"liger/policy/{name}/grad0"]
