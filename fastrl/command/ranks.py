@@ -18,9 +18,12 @@ def check_ranks(command: str, *, can_run: bool, able: Sequence[str]) -> None:
         able: recipes that may.
 
     Raises:
-        Refused: the launcher has started several.
+        Refused: the launcher has started several, or says nonsense.
     """
-    size = launched_ranks().size
+    try:
+        size = launched_ranks().size
+    except ValueError as error:
+        raise Refused(f"{command}: {error}") from error
     if size > 1 and not can_run:
         raise Refused(
             f"{command}: runs in one process, and the launcher has started {size}; start it without torchrun "

@@ -60,7 +60,7 @@ def joined(config: TrainConfig) -> Iterator[None]:
         config: device (rank r of a machine takes its GPU r) and distributed are read.
 
     Raises:
-        RanksError: fewer GPUs than ranks on this machine, or the others did not come.
+        RanksError: fewer GPUs than ranks on this machine, the port is taken, or the others did not come.
     """
     place = launched_ranks()
     if place.size == 1:
@@ -77,7 +77,15 @@ def joined(config: TrainConfig) -> Iterator[None]:
     meeting_point = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     limit = timedelta(seconds=config.distributed.timeout_seconds)
     with _waiting(f"the {place.size} ranks to meet at {meeting_point}", place.rank, place.size):
-        dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo", timeout=limit)
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo", timeout=limit)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise RanksError(
+                f"rank {place.rank} cannot wait for the others at {meeting_point}: another program uses the port. "
+                "Choose another MASTER_PORT (torchrun --master_port), the same for all ranks"
+            ) from error
         _lanes["training"] = dist.new_group(backend="gloo", timeout=limit)
         _lanes["sampling"] = dist.new_group(backend="gloo", timeout=limit)
     try:
@@ -244,6 +252,8 @@ def _waiting(what: str, rank: int, size: int) -> Iterator[None]:
     """Say what was waited for when the others do not come, in time or at all."""
     try:
         yield
+    except RanksError:
+        raise
     except RuntimeError as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RanksError(

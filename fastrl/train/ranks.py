@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
+REMEDY = "start with torchrun, which sets it, or unset RANK and WORLD_SIZE to train in one process"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +31,34 @@ class Ranks:
 
 
 def launched_ranks() -> Ranks:
-    """The place a launcher gave this process; one process alone when there was none."""
-    if any(name not in os.environ for name in NEEDED):
+    """The place a launcher gave this process; one process alone when there was none.
+
+    Raises:
+        ValueError: the launcher's variables are no numbers, contradict each other, or do not say where to meet.
+    """
+    if any(name not in os.environ for name in ("RANK", "WORLD_SIZE")):
         return Ranks()
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # A launcher that starts one process on each machine may leave out the local numbers.
-    return Ranks(rank, size, int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    found = Ranks(_number("RANK"), _number("WORLD_SIZE"), _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1))
+    if found.rank >= found.size:
+        raise ValueError(f"RANK is {found.rank} and WORLD_SIZE {found.size}: ranks are numbered from 0; {REMEDY}")
+    if found.local_size < 1:
+        raise ValueError(f"LOCAL_WORLD_SIZE is 0: it counts this process too; {REMEDY}")
+    if missing := [name for name in MEETING_POINT if name not in os.environ]:
+        if found.size == 1:
+            return Ranks()
+        raise ValueError(
+            f"RANK and WORLD_SIZE say that {found.size} processes train together, and {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not set: nobody could be met; {REMEDY}"
+        )
+    if not 0 < _number("MASTER_PORT") < 2**16:
+        raise ValueError(f"MASTER_PORT is {os.environ['MASTER_PORT']}, and ports are 1 to 65535; {REMEDY}")
+    return found
+
+
+def _number(name: str, default: int | None = None) -> int:
+    """A launcher's variable, which counts something."""
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"{name} is {text!r}, and must be a number from 0; {REMEDY}")
+    return int(text)

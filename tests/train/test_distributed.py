@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import time
 from dataclasses import replace
 
@@ -125,6 +126,20 @@ def test_a_rank_that_is_too_late_is_named_by_what_it_owes() -> None:
     assert found.kind == "RanksError"
     assert "rank 0 of 2 waited for the rewards" in found.message
     assert "distributed.timeout_seconds" in found.message
+
+
+def meet_where_somebody_listens() -> None:
+    os.environ["WORLD_SIZE"] = "2"
+    with socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))), together():
+        pass
+
+
+def test_a_port_in_use_is_named() -> None:
+    found = on_ranks(1, meet_where_somebody_listens)[0]
+    assert isinstance(found, Failed)
+    assert found.kind == "RanksError"
+    assert "another program uses the port" in found.message
+    assert "torchrun --master_port" in found.message
 
 
 def ask_for_a_gpu() -> None:

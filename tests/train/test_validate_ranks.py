@@ -41,6 +41,34 @@ def test_a_launcher_names_the_place(launched: None) -> None:
     assert launched_ranks() == Ranks(1, 2, 1, 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("RANK", "abc", "RANK is 'abc', and must be a number from 0"),
+        ("RANK", "-1", "RANK is '-1', and must be a number from 0"),
+        ("RANK", "2", "RANK is 2 and WORLD_SIZE 2: ranks are numbered from 0"),
+        ("WORLD_SIZE", "0", "RANK is 1 and WORLD_SIZE 0"),
+        ("LOCAL_RANK", "", "LOCAL_RANK is '', and must be a number"),
+        ("LOCAL_WORLD_SIZE", "0", "it counts this process too"),
+        ("MASTER_PORT", "any", "MASTER_PORT is 'any', and must be a number"),
+        ("MASTER_PORT", "70000", "ports are 1 to 65535"),
+        ("MASTER_ADDR", None, "2 processes train together, and MASTER_ADDR is not set: nobody could be met"),
+    ],
+)
+def test_nonsense_of_a_launcher_is_refused_in_a_sentence(
+    launched: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str | None,
+    words: str,
+) -> None:  # fmt: skip
+    if value is None:
+        monkeypatch.delenv(name)
+    else:
+        monkeypatch.setenv(name, value)
+    assert main(["sft"]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert "start with torchrun" in said
+
+
 def test_groups_are_counted_over_all_ranks(launched: None) -> None:
     assert about("num_generations", grpo(per_device_train_batch_size=4, num_generations=8)) == []
     (found,) = about("num_generations", grpo(per_device_train_batch_size=3, num_generations=8))
