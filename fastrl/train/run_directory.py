@@ -160,14 +160,11 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
 
     The size of a step changes it, not who computes it: the product of `BATCH_FIELDS` is compared.
     """
-    # What is stored went through JSON: a tuple is a list there.
-    before, after = (_with_step_size(_flat(json.loads(json.dumps(each)))) for each in (old, new))
-    names = sorted(name for name in before.keys() | after.keys() if not _is_free(name))
-    shown = [
-        (n, json.dumps(before[n]) if n in before else "absent", json.dumps(after[n]) if n in after else "absent")
-        for n in names
-    ]
-    return [f"{name}: {was} -> {now}" for name, was, now in shown if was != now]
+    before, after = (
+        {name: value for name, value in _with_step_size(_flat(each)).items() if not _is_free(name)}
+        for each in (old, new)
+    )
+    return _changes(before, after)
 
 
 def _check_same_run(stored: Path, config: Mapping[str, Any]) -> None:
@@ -187,9 +184,13 @@ def _check_same_run(stored: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_same_everywhere(config: Mapping[str, Any]) -> None:
-    """Refuse ranks that were started with different configurations, data or models."""
+    """Refuse ranks that were started with different configurations, data or models.
+
+    Fields that are free when a run is resumed are not among ranks: when to save, to evaluate, how to pack a step, all
+    must do at the same moment and alike.
+    """
     for number, theirs in enumerate(gather(config, "the configurations of the others")):
-        if differences := config_differences(theirs, config):
+        if differences := _changes(_flat(theirs), _flat(config)):
             raise RunDirectoryError(
                 f"rank {number} was started with another configuration than rank {rank()}; every rank needs the same "
                 f"files and flags: {'; '.join(differences)}"
@@ -200,6 +201,16 @@ def _with_step_size(fields: dict[str, Any]) -> dict[str, Any]:
     sizes = [fields.pop(name, None) for name in BATCH_FIELDS]
     given = [each for each in sizes if each is not None]
     return fields | ({" x ".join(BATCH_FIELDS): prod(given)} if given else {})
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """`field: old -> new` of flat configurations, in alphabetical order."""
+    # As JSON, because what is stored or was sent went through it: a tuple is a list there.
+    shown = [
+        (name, *(json.dumps(each[name]) if name in each else "absent" for each in (before, after)))
+        for name in sorted(before.keys() | after.keys())
+    ]
+    return [f"{name}: {was} -> {now}" for name, was, now in shown if was != now]
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
