@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Observe = Callable[[Sequence[Message], bool], tuple[int, ...]]
 
 RECENT = 64  # observations kept: neighbours are of one group, and often hear the same
+LONGEST_KEPT = 2**16  # characters of one that is kept
 _MARK = "\ue000"  # private use: it has no meaning that a tool's text could need
 
 
@@ -60,7 +61,12 @@ def observer(tokenizer: PreTrainedTokenizerBase, *, has_tools: bool = True) -> O
         start = len(before) if is_ended else len(before) - len(end)
         return tuple(encode_pieces(tokenizer, text[start:], _MARK))
 
-    return lambda messages, is_ended: encoded(json.dumps(messages), is_ended)
+    def observe(messages: Sequence[Message], is_ended: bool) -> tuple[int, ...]:
+        written = json.dumps(messages)
+        encode = encoded if len(written) <= LONGEST_KEPT else encoded.__wrapped__
+        return encode(written, is_ended)
+
+    return observe
 
 
 def opened_prompt(

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 _TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _FUNCTION = re.compile(r"<function=([^>\n]+)>(.*?)</function>", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
-_LLAMA_START = re.compile(r"\s*(?:<\|python_tag\|>)?\s*(\{\s*\"(?:name|type)\".*)", re.DOTALL)
+_LLAMA_START = re.compile(r"(?:<\|python_tag\|>\s*)?(\{\s*\"(?:name|type)\".*)", re.DOTALL)
+DEEPEST = 100  # lists and objects inside each other: what reads and writes messages later recurses
 _SHOWN = 200  # characters of a broken call that its error repeats
 
 
@@ -104,13 +105,13 @@ def _by_tokenizer(
     plain = str(tokenizer.decode(list(ids), skip_special_tokens=True))
     try:
         message = tokenizer.parse_response(list(ids), prefix=list(before), tools=list(schemas))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         return ParsedTurn({"role": "assistant", "content": plain}, (f"the tool call cannot be read: {error}",))
     content = str(message.get("content") or "").removesuffix(str(tokenizer.eos_token))
     calls, errors = [], []
     for each in message.get("tool_calls") or ():
         try:
-            calls.append(_call(each.get("function", each), "arguments"))
+            calls.append(_call(_bounded(each.get("function", each)), "arguments"))
         except (ToolCallError, AttributeError) as error:
             errors.append(str(error))
     turn = _turn(content, calls, errors)
@@ -165,7 +166,7 @@ def _xml_call(body: str, schemas: Schemas) -> tuple[str, Any]:
         for parameter, description in schema["function"]["parameters"]["properties"].items()
     }
     return name, {
-        parameter.strip(): _typed(value, types.get(parameter.strip()))
+        parameter.strip(): _bounded(_typed(value, types.get(parameter.strip())))
         for parameter, value in _PARAMETER.findall(function[2])
     }
 
@@ -176,12 +177,12 @@ def _typed(value: str, kind: object) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
 def _llama(text: str, schemas: Schemas) -> tuple[str, list[tuple[str, Any]], list[str]]:
-    match = _LLAMA_START.fullmatch(text)
+    match = _LLAMA_START.fullmatch(text.lstrip())
     if match is None:
         return text, [], []
     try:
@@ -209,9 +210,24 @@ def _mistral(text: str, schemas: Schemas) -> tuple[str, list[tuple[str, Any]], l
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text)
+        return _bounded(json.loads(text))
     except (ValueError, RecursionError) as error:
         raise ToolCallError(f"a tool call must be JSON ({error}), got {_shown(text)}") from error
+
+
+def _bounded(found: Any) -> Any:
+    """What is at most DEEPEST deep, as it is."""
+    level = [found]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, (dict, list))
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return found
+    raise ToolCallError(f"a tool call is at most {DEEPEST} deep")
 
 
 def _call(found: Any, key: str) -> tuple[str, dict[str, Any]]:

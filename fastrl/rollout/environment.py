@@ -17,12 +17,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Tool = Callable[..., Any]
+
+LARGEST = (2 - 2**-23) * 2.0**127  # float32, in which rewards are summed
 
 NOT_TOOLS = ("reset", "get_reward", "get_turn_reward", "get_reply", "get_tool_schemas")
 
@@ -44,7 +45,7 @@ class Environment:
             return {"results": results, "reward": self._turn_reward()}
         if "said" in request:
             messages = self._awaited(self._instance.get_reply({**request["said"], "is_cut": request["is_cut"]}))
-            return {"messages": messages, "reward": self._turn_reward()}
+            return {"messages": _messages(messages), "reward": self._turn_reward()}
         return {"reward": self._reward(), "state": _state(self._instance)}
 
     def close(self) -> None:
@@ -133,9 +134,28 @@ def _number(value: Any, method: str) -> float | None:
     if value is None:
         return None
     number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{method} returned {number}, which is not a finite number")
+    if not abs(number) <= LARGEST:
+        raise ValueError(f"{method} returned {number}, which is not a finite float32")
     return number
+
+
+def _messages(reply: Any) -> list[dict[str, str]] | None:
+    """What `get_reply` returned, with the keys that templates read; its faults are the environment's."""
+    if reply is None:
+        return None
+    if not isinstance(reply, list | tuple):
+        raise TypeError(f"get_reply must return a list of messages or None, got {type(reply).__name__}")
+    found = []
+    for message in reply:
+        needed = ("role", "content", "name") if _is_tools(message) else ("role", "content")
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in needed):
+            raise TypeError(f"get_reply must return messages whose {', '.join(needed)} are text, got {message!r:.200}")
+        found.append({key: message[key] for key in needed})
+    return found
+
+
+def _is_tools(message: Any) -> bool:
+    return isinstance(message, Mapping) and message.get("role") == "tool"
 
 
 def _state(instance: Any) -> dict[str, Any]:

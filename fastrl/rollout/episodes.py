@@ -9,6 +9,7 @@ together. The sample of a turn depends on (run seed, prompt, sample, turn) alone
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
@@ -19,7 +20,6 @@ from fastrl.rollout.seeds import request_seed
 from fastrl.types import FinishReason, Rollout
 
 Observe = Callable[[Sequence[Mapping[str, Any]], bool], tuple[int, ...]]
-Open = Callable[[Any, str | None], tuple[tuple[int, ...], list[dict[str, Any]]]]
 Request = Mapping[str, Any]
 
 
@@ -60,12 +60,14 @@ class Dialogue:
         observe: (tool messages, whether the turn closed with a control token) -> ids between two turns.
         control_ids: ids that close a turn.
         replies: whether the environment answers turns itself, those without calls too, and says when it is over.
+        longest_token: most characters that one token stands for: megabytes that cannot fit are not even encoded.
     """
 
     parse: Callable[[Sequence[int], Sequence[int]], Turn]
     observe: Observe
     control_ids: frozenset[int]
     replies: bool = False
+    longest_token: int = sys.maxsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +197,9 @@ class _Life:
         if isinstance(answer, EnvironmentFault):
             self.fail(answer.message)
         elif answer["observation"] is not None:
+            if len(answer["observation"]) > self.limits.context * self.dialogue.longest_token:
+                self.fail(f"reset said {len(answer['observation'])} characters, more than the model's context holds")
+                return
             self.observation = answer["observation"]
             self.prompt = self.start.reopen(answer["observation"])
 
@@ -265,6 +270,9 @@ class _Life:
         self.tool_rounds += 1
         if self.limits.seconds is not None and monotonic() - self.began > self.limits.seconds:
             self.stop("seconds")
+            return
+        if sum(len(each["content"]) for each in observed) > self.room() * self.dialogue.longest_token:
+            self.stop("tokens")
             return
         ids = self.dialogue.observe(observed, bool(self.ids) and self.ids[-1] in self.dialogue.control_ids)
         if len(ids) >= self.room():

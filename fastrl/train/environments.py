@@ -91,6 +91,7 @@ def player_of(
             observe=observer(tokenizer, has_tools=bool(schemas)),
             control_ids=frozenset(tokenizer.all_special_ids),
             replies=spec.replies,
+            longest_token=max(map(len, tokenizer.get_vocab())),
         ),
         limits=Limits(context, block.max_tool_calling_iterations, block.episode_seconds),
         schemas=schemas,

@@ -119,3 +119,13 @@ def test_a_template_without_a_place_for_results_is_refused() -> None:
     strict = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
     with pytest.raises(ValueError, match="cannot write a tool's result"):
         observer(chat_tokenizer(strict))
+
+
+def test_long_results_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = chat_tokenizer()
+    observe = observer(tokenizer)
+    long = said("x" * 70_000)
+    assert len(observe(long, True)) > 70_000
+    monkeypatch.setattr(tokenizer, "apply_chat_template", None)
+    with pytest.raises(ValueError, match="template"):
+        observe(long, True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from typing import Any
 
 import pytest
@@ -125,3 +127,28 @@ def test_a_template_without_a_known_format_is_refused() -> None:
         turn_parser(chat_tokenizer("{{ messages[0].content }}"), [SCHEMA])
     with pytest.raises(ValueError, match="need a chat template"):
         turn_parser(chat_tokenizer(None), [SCHEMA])
+
+
+@pytest.mark.parametrize("n", [150, 900, 100_000])
+@pytest.mark.parametrize(
+    ("template", "frame"),
+    [
+        (HERMES, '<tool_call>{{"name": "add", "arguments": {{"a": {}}}}}</tool_call>'),
+        (HERMES, '<tool_call>{{"name": {}}}</tool_call>'),
+        (XML, "<tool_call><function=add><parameter=a>{}</parameter></function></tool_call>"),
+        (MISTRAL, '[TOOL_CALLS][{{"name": "add", "arguments": {{"a": {}}}}}]'),
+        (LLAMA, '{{"name": "add", "parameters": {{"a": {}}}}}'),
+    ],
+)
+def test_a_call_nested_without_end_breaks_nothing(template: str, frame: str, n: int) -> None:
+    turn = parsed(template, frame.format("[" * n + "]" * n))
+    for call in turn.message.get("tool_calls", ()):  # too deep for JSON is text, where text is an argument
+        assert isinstance(call["function"]["arguments"]["a"], str)
+    assert turn.errors or template == XML
+    json.dumps(turn.message)
+
+
+def test_a_turn_of_blanks_is_read_in_time_proportional_to_its_length() -> None:
+    started = time.perf_counter()
+    assert parsed(LLAMA, " " * 100_000 + "x").errors == ()
+    assert time.perf_counter() - started < 5

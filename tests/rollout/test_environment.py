@@ -84,7 +84,7 @@ def test_a_reward_that_fails_is_a_fault_and_no_number_is_refused() -> None:
             return self.reward
 
     environment = Environment(bad := Bad(), [])
-    assert "not a finite number" in environment.answer({"finish": True})["reward"]["fault"]
+    assert "not a finite float32" in environment.answer({"finish": True})["reward"]["fault"]
     bad.reward = "much"
     assert "ValueError" in environment.answer({"finish": True})["reward"]["fault"]
     bad.reward = None
@@ -98,3 +98,51 @@ def test_what_reset_raises_and_returns_wrongly_goes_through() -> None:
 
     with pytest.raises(TypeError, match="reset must return None or text, got int"):
         Environment(Wrong(), []).answer({"reset": {}})
+
+
+@pytest.mark.parametrize("value", [1e39, -1e200, float("inf"), float("nan")])
+def test_a_reward_beyond_float32_is_refused(value: float) -> None:
+    class Rich:
+        def get_reward(self) -> float:
+            return value
+
+        def get_turn_reward(self) -> float:
+            return value
+
+    environment = Environment(Rich(), [])
+    assert "not a finite float32" in environment.answer({"finish": True})["reward"]["fault"]
+    with pytest.raises(ValueError, match=r"get_turn_reward returned .* which is not a finite float32"):
+        environment.answer({"calls": []})
+
+
+@pytest.mark.parametrize(
+    ("reply", "says"),
+    [
+        ("hello", "a list of messages or None, got str"),
+        ({"role": "user", "content": "x"}, "got dict"),
+        ([object()], "role, content are text"),
+        ([{"content": "x"}], "role, content are text"),
+        ([{"role": "user", "content": None}], "role, content are text"),
+        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "role, content are text"),
+        ([{"role": "tool", "content": "x"}], "role, content, name are text"),
+    ],
+)
+def test_a_reply_that_is_no_message_is_the_environments_fault(reply: Any, says: str) -> None:
+    class Speaking:
+        def get_reply(self, message: dict[str, Any]) -> Any:
+            return reply
+
+    with pytest.raises(TypeError, match=says):
+        Environment(Speaking(), []).answer({"said": {"role": "assistant", "content": ""}, "is_cut": False})
+
+
+def test_a_reply_keeps_the_keys_that_templates_read() -> None:
+    class Speaking:
+        def get_reply(self, message: dict[str, Any]) -> Any:
+            return ({"role": "tool", "content": "1", "name": "f", "more": 2}, {"role": "user", "content": "x", "n": 1})
+
+    answer = Environment(Speaking(), []).answer({"said": {"role": "assistant", "content": ""}, "is_cut": False})
+    assert answer["messages"] == [
+        {"role": "tool", "content": "1", "name": "f"},
+        {"role": "user", "content": "x"},
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -254,3 +254,19 @@ def test_each_turn_may_earn_something() -> None:
     earned = {"results": [["1", False]], "reward": 0.5}
     (episode,) = played(Scripted([ids_of(CALL)] * 2), Here(str, calls=earned), limits=Limits(100_000, tool_rounds=1))
     assert episode.turn_rewards == (0.5, 0.5)
+
+
+def test_megabytes_that_cannot_fit_are_never_encoded() -> None:
+    def refuses(messages: Sequence[Mapping[str, Any]], is_ended: bool) -> tuple[int, ...]:
+        raise AssertionError
+
+    dialogue = replace(DIALOGUE, observe=refuses, longest_token=20)
+    room = 100
+    sampling = Sampling(max_completion_length=len(ids_of(CALL)) + room)
+    reply = "x" * (20 * room + 1)
+    (episode,) = play(Scripted([ids_of(CALL)]), Here(lambda: reply), dialogue, [start()], sampling, WIDE)
+    assert (episode.limit, episode.rollout.completion_ids) == ("tokens", ids_of(CALL))
+    limits = Limits(context=room)
+    environments = Here(str, reset={"observation": reply})
+    (episode,) = play(Scripted([]), environments, dialogue, [start()], sampling, limits)
+    assert "reset said 2001 characters" in episode.error
