@@ -150,16 +150,24 @@ class _Nursery:
                 self._ended[pid] = os.waitstatus_to_exitcode(status)
 
     def _kill_strays(self, *, but: set[int]) -> None:
-        """Kill what left a dead worker's process group and became our child."""
-        try:
-            with open(f"/proc/self/task/{os.getpid()}/children") as file:
-                children = {int(pid) for pid in file.read().split()}
-        except OSError:
-            return  # no such file on this system
-        for pid in children - but - set(self._ended):
-            _kill_group(pid)
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        """Kill what left a dead worker's process group and became our child, and what becomes it as those die."""
+        deadline = time.monotonic() + SECONDS_TO_DIE
+        while (strays := _children() - but - set(self._ended)) and time.monotonic() < deadline:
+            for pid in strays:
+                _kill_group(pid)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self._reap()
+            time.sleep(0.0002)
+
+
+def _children() -> set[int]:
+    """Of this process, those that ended and wait to be reaped included."""
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+            return {int(pid) for pid in file.read().split()}
+    except OSError:
+        return set()  # no such file on this system
 
 
 def _judging(specs: Sequence[str]) -> Work:
@@ -168,6 +176,7 @@ def _judging(specs: Sequence[str]) -> Work:
 
 def _judge(functions: Sequence[RewardFunction], channel: socket.socket) -> None:
     """Judge what arrives until the channel closes, which is also how the trainer ends a worker that is idle."""
+    process = os.getpid()
     while True:
         try:
             request = receive_frame(channel)
@@ -175,6 +184,8 @@ def _judge(functions: Sequence[RewardFunction], channel: socket.socket) -> None:
             return
         started = time.perf_counter()
         judgement = call_rewards([functions[request["function"]]], _inputs(request["rows"], request["state"]))[0]
+        if os.getpid() != process:  # a reward forked and let its child return: one of the two may answer
+            os._exit(0)
         answer = _encoded(judgement) | {"seconds": time.perf_counter() - started}
         try:
             text = json.dumps(answer)

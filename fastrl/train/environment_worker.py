@@ -5,7 +5,9 @@ They are forked from a nursery of their own, as `fastrl.rewards.worker` describe
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import socket
 import sys
 import traceback
@@ -32,7 +34,7 @@ def _prepared(specs: Sequence[str]) -> Work:
 
 def _serve(spec: EnvironmentSpec, channel: socket.socket) -> None:
     """Answer requests until the channel closes; an environment that raises is the trainer's to end."""
-    environment = None
+    environment, process = None, os.getpid()
     while True:
         try:
             request = receive_frame(channel)
@@ -41,7 +43,9 @@ def _serve(spec: EnvironmentSpec, channel: socket.socket) -> None:
         try:
             environment = environment or spec.make()
             answer = json.dumps(environment.answer(request))
-        except (Exception, SystemExit):  # the user's code, whatever it raises, ends its own episode alone
+        except (Exception, SystemExit, asyncio.CancelledError):  # the user's code ends its own episode alone
             answer = json.dumps({"fault": traceback.format_exc()})
+        if os.getpid() != process:  # a tool forked and let its child return: one of the two may answer
+            os._exit(0)
         sys.stdout.flush()  # a worker is killed without notice, and what it printed should be seen before
         send_frame(channel, answer)

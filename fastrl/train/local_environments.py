@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import traceback
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +28,7 @@ class LocalEnvironments:
             if seat not in self._seats:
                 self._seats[seat] = self._spec.make()
             return self._seats[seat].answer(request)
-        except (Exception, SystemExit):  # the user's code, whatever it raises, ends its own episode alone
+        except (Exception, SystemExit, asyncio.CancelledError):  # the user's code ends its own episode alone
             if seat in self._seats:
                 self._seats.pop(seat).close()
             return EnvironmentFault(traceback.format_exc())

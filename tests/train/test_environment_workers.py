@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from fastrl.train.environment_spec import environment_spec, schemas_of
 from fastrl.train.environments import environments_of
 
 SOURCE = '''
-import asyncio, os, time
+import asyncio, os, subprocess, time
+
+NAME = "sleep 4817.5"
 
 class Odd:
     made = 0
@@ -47,6 +50,12 @@ class Odd:
             raise SystemExit
         if self.kind == "fails":
             raise ValueError("ordinary")
+        if self.kind == "cancels":
+            raise asyncio.CancelledError
+        if self.kind == "forks":
+            os.fork()
+        if self.kind == "leaves":
+            subprocess.Popen(["setsid", "sh", "-c", NAME + " & setsid sh -c '" + NAME + " & setsid " + NAME + "'"])
         await asyncio.sleep(0.3 if self.kind == "waits" else 0)
         return x + self.extra
 
@@ -189,3 +198,39 @@ def test_tools_that_cannot_be_described_are_refused(tmp_path: Path) -> None:
         schemas_of(environment_spec(EnvironmentBlock(factory=f"{path}:Silent")).functions())
     with pytest.raises(ValueError, match="need different names"):
         schemas_of(environment_spec(EnvironmentBlock(tools=("calculator", "calculator"))).functions())
+
+
+def test_a_tool_that_forks_answers_once(environments: Environments) -> None:
+    environments.ask({seat: {"reset": {"kind": "forks"}} for seat in range(2)})
+    for _ in range(3):
+        answers = environments.ask({seat: call("act", "double") for seat in range(2)})
+        assert answers == {seat: {"results": [["11", False], ["8", False]], "reward": None} for seat in range(2)}
+    assert environments.ask({0: {"finish": True}})[0]["reward"] == 10  # type: ignore[index]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cancelled_task_ends_its_episode(source: Path, workers: int) -> None:
+    made = environments_of(EnvironmentBlock(factory=f"{source}:Odd", workers=workers))
+    made.ask({0: {"reset": {"kind": "cancels"}}, 1: {"reset": {}}})
+    answers = made.ask({seat: call("act") for seat in range(2)})
+    assert "CancelledError" in answers[0].message  # type: ignore[union-attr]
+    assert [*map(tuple, answers[1]["results"])] == [("1", False)]  # type: ignore[index]
+    made.close()
+
+
+def test_what_tools_leave_behind_ends_with_them(environments: Environments) -> None:
+    environments.ask({seat: {"reset": {"kind": "leaves"}} for seat in range(4)})
+    environments.ask({seat: call("act") for seat in range(4)})
+    time.sleep(0.3)
+    assert _sleepers()
+    environments.close()
+    assert _sleepers() == []
+
+
+def _sleepers() -> list[str]:
+    """Processes of the source's NAME."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it ended meanwhile
+            found += [path.parent.name] if b"4817.5" in path.read_bytes() else []
+    return found
