@@ -7,11 +7,13 @@ verdict, a group without signal, and a sampler that differs from the policy.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from fastrl.algorithms import PolicyGradient
 from fastrl.train import update as update_module
@@ -57,7 +59,17 @@ def make_rollouts() -> list[Rollout]:
 
 
 def make_model(*, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    return make_tiny_qwen3(VOCABULARY, hidden_size=16, layers=2, intermediate_size=24, context=64, seed=seed).to(dtype)
+    model = make_tiny_qwen3(VOCABULARY, hidden_size=16, layers=2, intermediate_size=24, context=64, seed=seed).to(dtype)
+    if dtype == torch.float64:
+        for module in model.modules():
+            if isinstance(module, Qwen3RMSNorm):
+                module.forward = partial(exact_norm, module)  # type: ignore[method-assign]
+    return model  # type: ignore[no-any-return]
+
+
+def exact_norm(module: Qwen3RMSNorm, x: Tensor) -> Tensor:
+    """transformers' norm without its float32: sums that differ in order alone are then equal to 1e-15, not to 1e-7."""
+    return module.weight * x * (x.square().mean(-1, keepdim=True) + module.variance_epsilon).rsqrt()  # type: ignore[no-any-return, operator]
 
 
 def make_step(
