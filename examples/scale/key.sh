@@ -2,7 +2,7 @@
 # which every user of a machine can see.
 
 make_key() { # FILE: written once, with mode 600
-  if [[ ! -e $1 ]]; then
+  if [[ ! -s $1 ]]; then # an empty one is left by an openssl that failed
     (umask 077 && mkdir -p "$(dirname "$1")" && openssl rand -hex 24 >"$1")
   fi
   local mode

@@ -2,6 +2,7 @@
 # The same over plain ssh: TRAINERS and SERVERS are host names, the checkout, MODEL, DATA and the key's file are on a disk
 # that all of them see, and `. .venv/bin/activate` works in the checkout.
 #   TRAINERS="a b" SERVERS="c" MODEL=/shared/qwen3-8b DATA=/shared/train.jsonl examples/scale/ssh.sh [flags]
+# Ctrl-C ends every process at once, without a checkpoint; started again, the run goes on from its newest one.
 #   DRY_RUN=1 TRAINERS=... examples/scale/ssh.sh                            # print the commands
 set -euo pipefail
 : "${TRAINERS:?host names, with spaces between them}" "${SERVERS:?host names}" "${MODEL:?a directory}" "${DATA:?a file}"
