@@ -58,18 +58,24 @@ class PackedForward:
     given: tuple[Tensor, Tensor, Tensor] | None = field(default=None)
 
 
+# Loops over sequences on the host, which a compiler has nothing to win from, and numpy's bytes, which it does not know.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def packed_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, is_one_row: bool) -> PackedRows:
     """Pack a padded batch.
 
     Args:
         input_ids: [S, L].
-        attention_mask: [S, L] one run of ones per sequence, at least two long.
+        attention_mask: [S, L] one run of ones per sequence. One shorter than two scores nothing.
         labels: [S, L] input_ids where a token is scored, -100 elsewhere.
         is_one_row: everything in one row, or rows at most as long as the longest sequence.
 
     Raises:
-        ValueError: a mask with gaps, a sequence of less than two tokens, or labels that are other tokens.
+        ValueError: a mask with gaps, less than two columns, or labels that are other tokens.
     """
+    if input_ids.shape[1] < 2:
+        raise ValueError(
+            f"input_ids must have two columns to be packed, one to feed and one to predict, got {input_ids.shape[1]}"
+        )
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
     first = attention_mask.argmax(1)
     length = attention_mask.sum(1)
@@ -78,8 +84,10 @@ def packed_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, is
         raise ValueError("attention_mask must be one run of ones in each row to be packed, got one with gaps")
     if not ((labels == input_ids) | (labels == NO_LABEL)).all():
         raise ValueError("labels must be input_ids or -100 to be packed, got other tokens")
-    ids, weight = input_ids.cpu(), (labels != NO_LABEL).float().cpu()
-    weight[torch.arange(len(weight)), first.cpu()] = 0.0  # nothing precedes a first token
+    # Nothing precedes a first token.
+    ids, weight = input_ids.cpu(), (is_run & (labels != NO_LABEL) & (columns != first[:, None])).float().cpu()
+    # A prompt of one token whose completion TRL masks: `pack` wants two, so a neighbour that scores nothing is lent.
+    first, length = first.clamp(max=input_ids.shape[1] - 2), length.clamp(min=2)
     spans = [slice(start, start + n) for start, n in zip(first.tolist(), length.tolist(), strict=True)]
     sequences = [TokenSequence(ids[s, span], weight[s, span]) for s, span in enumerate(spans)]
     positions = [len(sequence.ids) - 1 for sequence in sequences]

@@ -115,6 +115,7 @@ def _require_supported(trainer: Any) -> None:
         "a vision model": trainer._is_vlm,
         "prompt tuning": peft_config is not None and peft_config.is_prompt_learning,
         "a load-balancing loss (router_aux_loss_coef)": trainer.aux_loss_enabled,
+        "noise in proportion to a row's length (neftune_noise_alpha)": trainer.args.neftune_noise_alpha is not None,
         "use_liger_kernel": trainer.args.use_liger_kernel,
         "DeepSpeed": trainer.is_deepspeed_enabled,
         "FSDP": trainer.is_fsdp_enabled,

@@ -45,6 +45,27 @@ def test_a_first_tokens_label_is_nobodys():
     assert len(places(packed_rows(IDS, MASK, labels, is_one_row=True))) == int(MASK.sum()) - 3
 
 
+@pytest.mark.parametrize("is_one_row", [True, False])
+@pytest.mark.parametrize("length", [0, 1])
+def test_a_sequence_too_short_to_predict_anything_is_packed_and_scores_nothing(is_one_row, length):
+    """A prompt of one token whose truncated completion TRL masks; with labels there, as the mask decides."""
+    mask = MASK.clone()
+    mask[1, length:] = 0
+    mask[2, : 7 - length] = 0  # at the right end
+    expected = {s: pair for s, pair in places(packed_rows(IDS, MASK, LABELS, is_one_row=is_one_row)).items() if s < 6}
+    assert places(packed_rows(IDS, mask, LABELS, is_one_row=is_one_row)) == expected
+
+
+def test_a_batch_in_which_nothing_is_scored_is_packed():
+    mask = torch.eye(3, 7, dtype=torch.int64)
+    assert places(packed_rows(IDS, mask, IDS, is_one_row=False)) == {}
+
+
+def test_a_single_column_is_refused():
+    with pytest.raises(ValueError, match="two columns"):
+        packed_rows(IDS[:, 2:3], MASK[:, 2:3], LABELS[:, 2:3], is_one_row=False)
+
+
 def test_a_mask_with_gaps_is_refused():
     mask = MASK.clone()
     mask[2, 3] = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,23 @@ def written_model(folder: str | Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(Path(folder) / "model")
 
 
-def reward(completions: list[Any], **columns: Any) -> list[float]:
+def reward(completions: list[Any], **columns: Any) -> list[float | None]:
     """Share of digits."""
     texts = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
     return [sum(letter.isdigit() for letter in text) / (1 + len(text)) for text in texts]
 
 
-def trainer(kind: Any, folder: str | Path, *, ref_model: Any = None, peft_config: Any = None, **settings: Any) -> Any:
-    """A trainer of `kind`, TRL's or a subclass, on rows that are always the same."""
+def trainer(
+    kind: Any,
+    folder: str | Path,
+    *,
+    ref_model: Any = None,
+    peft_config: Any = None,
+    judge: Callable[..., list[float | None]] = reward,
+    prompts: list[str] | None = None,
+    **settings: Any,
+) -> Any:
+    """A trainer of `kind`, TRL's or a subclass, on rows that are always the same; `judge` and `prompts` are online."""
     base = next(each for each in kind.__mro__ if each in CONFIGS)
     config, rows = CONFIGS[base]
     is_online = base in (GRPOTrainer, RLOOTrainer)
@@ -87,8 +97,8 @@ def trainer(kind: Any, folder: str | Path, *, ref_model: Any = None, peft_config
     )
     data = visited_rows(rows)
     if is_online:
-        data = [{"prompt": row["prompt"]} for row in data]
-    extra: dict[str, Any] = {"reward_funcs": reward} if is_online else {}
+        data = [{"prompt": each} for each in prompts or [row["prompt"] for row in data]]
+    extra: dict[str, Any] = {"reward_funcs": judge} if is_online else {}
     if base in (DPOTrainer, KTOTrainer):
         extra["ref_model"] = ref_model
     made = kind(
@@ -119,18 +129,33 @@ def run(kind: Any, **settings: Any) -> Run:
 
 
 def largest_differences(ours: Run, theirs: Run) -> dict[str, float]:
-    """Of losses (training and evaluation), other metrics and weights; absolute, metrics relative to 1 + |value|."""
+    """Of losses (training and evaluation), other metrics and weights; absolute, metrics relative to 1 + |value|.
+
+    TRL logs None where nothing was scored. That, and NaN, is equal to itself and infinitely far from a number.
+    """
     assert len(ours[0]) == len(theirs[0])
     found = {"loss": 0.0, "metrics": 0.0, "weights": 0.0}
     for mine, other in zip(ours[0], theirs[0], strict=True):
         assert mine.keys() == other.keys()
         for name, value in other.items():
-            if name.endswith("_per_second") or (math.isnan(value) and math.isnan(mine[name])):
+            if name.endswith("_per_second") or (name == "rewards/accuracies" and _is_of_zeros(other)):
                 continue
             group = "loss" if name in ("loss", "eval_loss", "train_loss") else "metrics"
-            scale = 1.0 if group == "loss" else 1 + abs(value)
-            found[group] = max(found[group], abs(mine[name] - value) / scale)
+            gap = _gap(mine[name], value)
+            found[group] = max(found[group], gap if group == "loss" or gap in (0, math.inf) else gap / (1 + abs(value)))
     assert ours[1].keys() == theirs[1].keys()
     for name, x in theirs[1].items():
-        found["weights"] = max(found["weights"], float((ours[1][name] - x).abs().max()))
+        found["weights"] = max(found["weights"], _gap(float((ours[1][name] - x).abs().max()), 0.0))
     return found
+
+
+def _is_of_zeros(line: dict[str, float]) -> bool:
+    """Whether policy and reference are still one, so that rounding chooses which of two zero rewards is larger."""
+    return abs(line["rewards/chosen"]) + abs(line["rewards/rejected"]) < 1e-6
+
+
+def _gap(one: float | None, other: float | None) -> float:
+    first, second = (math.nan if value is None else value for value in (one, other))
+    if math.isnan(first) or math.isnan(second):
+        return 0.0 if math.isnan(first) and math.isnan(second) else math.inf
+    return abs(first - second)
