@@ -64,10 +64,16 @@ class SharedRows:
     Attributes:
         kept: [U] int64, the positions that are fed, ascending.
         place: [T] int64, the entry of `kept` that stands for each position.
+        others: [T - U] int64, the positions that are not fed.
+        several: [K] int64, the entries of `kept` that stand for more than their own position.
+        summed: [T - U] int64, the entry of `several` that stands for each of `others`.
     """
 
     kept: Tensor
     place: Tensor
+    others: Tensor
+    several: Tensor
+    summed: Tensor
 
 
 @dataclass(frozen=True, slots=True)

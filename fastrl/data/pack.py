@@ -150,7 +150,10 @@ def _shared(
     if is_kept.sum() > (1 - LEAST_SAVED) * len(same):
         return None
     place = (np.cumsum(is_kept) - 1)[same]
-    return SharedRows(torch.from_numpy(np.flatnonzero(is_kept)).to(device), torch.from_numpy(place).to(device))
+    others = np.flatnonzero(~is_kept)
+    several, summed = np.unique(place[others], return_inverse=True)
+    columns = (np.flatnonzero(is_kept), place, others, several, summed)
+    return SharedRows(*(torch.from_numpy(column).to(device) for column in columns))
 
 
 def unpack(per_token: Tensor, batch: TokenBatch) -> list[Tensor]:

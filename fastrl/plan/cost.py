@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 from fastrl.plan.layers import BFLOAT16, FORWARD_SHARE, LayerCost
 from fastrl.plan.machine import Machine
-from fastrl.plan.shape import ModelShape
 from fastrl.plan.workload import Workload
 
 CHUNK_BYTES = 1 << 30  # float32 logits of a chunk of the head; a test compares it with fastrl.ops.head
 ADAM_BYTES = {2: 46, 4: 40}  # one step, per parameter: gradient read twice and clipped, moments, master, weight
 ACCUMULATE_BYTES = {2: 10, 4: 12}  # one micro-batch, per parameter: its gradient is added to the sum
 HEAD_LAUNCHES = 12  # of a chunk
+SHARING_LAUNCHES = 27  # of a layer: one forward and seven backward for each of three, one and two for the outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,7 @@ def training_terms(work: Workload, layer: LayerCost = BFLOAT16, *, chunk_bytes: 
     extra = work.old_passes + int(work.has_reference)
     chunks = -(-int(work.head_rows) // max(1, chunk_bytes // (4 * shape.vocab)))
     is_shared = int(work.fed_tokens < work.tokens)
+    kernels_shared = SHARING_LAUNCHES * shape.layers * micro * is_shared
     terms = [
         Term("layers: products", 2.0 * passes * shape.backbone * work.fed_tokens, 0.0),
         Term(
@@ -90,9 +91,7 @@ def training_terms(work: Workload, layer: LayerCost = BFLOAT16, *, chunk_bytes: 
             HEAD_LAUNCHES * chunks,
             logits=work.head_rows * shape.vocab,
         ),
-        Term(
-            "layers: shared prompts", 0.0, _spread_bytes(shape, layer.element) * work.tokens * is_shared, 6 * is_shared
-        ),
+        Term("layers: shared prompts", 0.0, _sharing_bytes(work, layer.element) * is_shared, kernels_shared),
         Term("gradients: sum", 0.0, float(ACCUMULATE_BYTES[layer.element]) * micro * shape.parameters),
         Term("optimizer", 0.0, float(ADAM_BYTES[layer.element]) * shape.parameters, 8),
     ]
@@ -107,11 +106,14 @@ def training_terms(work: Workload, layer: LayerCost = BFLOAT16, *, chunk_bytes: 
     return terms
 
 
-def _spread_bytes(shape: ModelShape, element: int) -> float:
-    """Of one position: queries, keys and values are copied for all positions and their gradients summed in float32,
-    outputs are picked for the positions that are fed and their gradients put back."""
+def _sharing_bytes(work: Workload, element: int) -> float:
+    """Queries, keys and values are copied for all positions, their gradients for those that are fed, the others' summed
+    in float32; outputs are picked for the positions that are fed and their gradients put back."""
+    shape, fed = work.shape, work.fed_tokens
+    others = work.tokens - fed
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    return float(shape.layers * ((queries + 2 * keys) * (3 * element + 12) + queries * 4 * element))
+    read = (queries + 2 * keys) * (2 * element * (work.tokens + fed) + (element + 16) * others)
+    return float(shape.layers * (read + queries * element * (4 * fed + work.tokens)))
 
 
 def step_seconds(terms: Sequence[Term], machine: Machine) -> float:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from fastrl.data.prefixes import LEAST_SAVED
 from fastrl.plan.lengths import Lengths
 from fastrl.plan.shape import ModelShape
+
+LEAST_SAVED = 0.1  # of the positions, for sharing; a test compares it with fastrl.data.prefixes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

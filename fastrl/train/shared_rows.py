@@ -24,24 +24,30 @@ def spread(x: Tensor, shared: SharedRows) -> Tensor:
     Returns:
         [T, ...].
 
-    Cost: a copy; backward another in the precision of the sum. On a GPU the order of that sum, and so its last bit, may
-    differ from run to run.
+    Cost: a copy of T rows; backward one of U rows, and the others' in float32. On a GPU the order of that sum, and so
+    its last bit, may differ from run to run.
     """
-    out: Tensor = _Spread.apply(x, shared.place)
+    out: Tensor = _Spread.apply(x, *_columns(shared))
     return out
+
+
+def _columns(shared: SharedRows) -> tuple[Tensor, ...]:
+    return shared.place, shared.kept, shared.others, shared.several, shared.summed
 
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        ctx.rows = len(x)
+    def forward(ctx: Any, x: Tensor, place: Tensor, *columns: Tensor) -> Tensor:
+        ctx.save_for_backward(*columns)
         return x.index_select(0, place)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (place,) = ctx.saved_tensors
-        wide = grad.float() if grad.dtype in (torch.bfloat16, torch.float16) else grad
-        total = wide.new_zeros(ctx.rows, *grad.shape[1:]).index_add_(0, place, wide)
-        return total.to(grad.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, others, several, summed = ctx.saved_tensors
+        total = grad.index_select(0, kept)
+        own, theirs = total.index_select(0, several), grad.index_select(0, others)
+        if grad.dtype in (torch.bfloat16, torch.float16):
+            own, theirs = own.float(), theirs.float()
+        total.index_copy_(0, several, own.index_add_(0, summed, theirs).to(grad.dtype))
+        return total, None, None, None, None, None

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from fastrl.command.plan import plan, run
 from fastrl.command.settings import Refused
+from fastrl.data import prefixes
 from fastrl.ops import head
-from fastrl.plan import cost
+from fastrl.plan import cost, workload
 from fastrl.plan.communication import transfers
 from fastrl.plan.cost import mfu, step_seconds, training_terms, useful_operations
 from fastrl.plan.layers import BFLOAT16, NATIVE_FLOAT32, TRITON_BFLOAT16, LayerCost
@@ -106,6 +107,7 @@ def test_checkpointing_and_a_reference_each_cost_a_forward_pass_of_products() ->
 
 def test_the_constants_are_those_of_the_code() -> None:
     assert cost.CHUNK_BYTES == head.CUDA_CHUNK_BYTES
+    assert workload.LEAST_SAVED == prefixes.LEAST_SAVED
 
 
 @pytest.mark.parametrize(

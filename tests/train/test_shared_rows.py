@@ -70,7 +70,8 @@ def test_layers_run_on_the_shared_rows_alone() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_gradient_of_a_shared_row_is_summed_in_float32(dtype: torch.dtype) -> None:
-    shared = SharedRows(torch.tensor([0, 2]), torch.tensor([0, 0, 1, 0, 0]))
+    columns = ([0, 2], [0, 0, 1, 0, 0], [1, 3, 4], [0], [0, 0, 0])
+    shared = SharedRows(*(torch.tensor(column) for column in columns))
     x = torch.tensor([[1.0], [2.0]], dtype=dtype).requires_grad_()
     y = spread(x, shared)
     assert y[:, 0].tolist() == [1, 1, 2, 1, 1]
