@@ -139,7 +139,8 @@ def _rows_of_all(
         if config.verify:
             experience = collect(sampler, batch, ordinals)
             _tell_faults(experience.episodes)
-            without_verdict = check_verdicts(experience.reward, without_verdict, experience.scores.errors)
+            errors = {**experience.scores.errors, **environment_errors(experience.episodes)}
+            without_verdict = check_verdicts(experience.reward, without_verdict, errors)
             failing = check_error_rates(experience.scores, failing, config.rewards)
             rows = _selected(config, experience, counts)
         elif sampler.player is not None:

@@ -85,9 +85,8 @@ def run(config: GRPOConfig) -> int:
                     return EXIT_INTERRUPTED
                 progress = learn(config, setup, journal, experience, replace(progress, ordinal=ordinal))
                 is_last = progress.step >= setup.total_steps
-                rounds_without_verdict = check_verdicts(
-                    sampled_reward(experience), rounds_without_verdict, experience.scores.errors
-                )
+                errors = {**experience.scores.errors, **environment_errors(experience.episodes)}
+                rounds_without_verdict = check_verdicts(sampled_reward(experience), rounds_without_verdict, errors)
                 failing = check_error_rates(experience.scores, failing, config.rewards)
                 if setup.held_out and (is_last or _crossed(first, progress.step, config.eval_steps)):
                     with rounds.paused():

@@ -89,9 +89,8 @@ def run(config: PPOConfig) -> int:
                 experience = replace(experience, seconds=experience.seconds | {"sync": synced})
                 progress = learn(config, setup, journal, experience, progress, ordinal=ordinal)
                 is_last = progress.step >= setup.total_steps
-                rounds_without_verdict = check_verdicts(
-                    sampled_reward(experience), rounds_without_verdict, experience.scores.errors
-                )
+                errors = {**experience.scores.errors, **environment_errors(experience.episodes)}
+                rounds_without_verdict = check_verdicts(sampled_reward(experience), rounds_without_verdict, errors)
                 failing = check_error_rates(experience.scores, failing, config.rewards)
                 if setup.held_out and (is_last or _crossed(first, progress.step, config.eval_steps)):
                     evaluate(setup, journal, progress)

@@ -232,8 +232,13 @@ def reward_columns(experience: Experience) -> Tensor:
 
 
 def sampled_reward(experience: Experience) -> Tensor:
-    """[<= S] f32 the rewards of completions that the engine finished: what it lost says nothing of the rewards."""
+    """[<= S] f32 the rewards of completions that the engine finished: what it lost says nothing of the rewards.
+
+    What an environment ended is here, without a verdict: one that ends every episode is to be mended as a reward is.
+    """
     is_whole = [rollout.finish_reason != "error" for rollout in experience.rollouts]
+    if experience.episodes:
+        is_whole = [one or episode.error != "" for one, episode in zip(is_whole, experience.episodes, strict=True)]
     return experience.reward[torch.tensor(is_whole, dtype=torch.bool)]
 
 

@@ -58,6 +58,13 @@ class Raising(Buttons):
         return super().reset(start, **columns)
 
 
+class Unmade(Buttons):
+    """Cannot be made, in any episode."""
+
+    def __init__(self) -> None:
+        raise RuntimeError("no such server")
+
+
 class Shouting(Buttons):
     """Its results are no plain text."""
 

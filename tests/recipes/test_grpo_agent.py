@@ -12,6 +12,7 @@ from fastrl.recipes import grpo
 from fastrl.report import read_completions, read_log
 from fastrl.report.completions import shown_text
 from fastrl.train.config import EnvironmentBlock, GRPOConfig, ReportBlock, RewardsBlock
+from fastrl.train.guards import NoVerdictError
 from tests.recipes.agents import make_agent_base
 from tests.recipes.runs import column, learning_curve, metrics_of
 
@@ -114,6 +115,13 @@ def test_environments_that_hang_die_or_exit_end_their_own_episodes(
     assert first["sampling/error_rate"] == first["episodes/environment_error_rate"]
     assert read_log(tmp_path / "errors.jsonl")[0]["reward"] == "environment"
     assert "'environment' failed on" in capfd.readouterr().err
+
+
+def test_an_environment_that_ends_every_episode_stops_the_run(agent: tuple[Path, Path], tmp_path: Path) -> None:
+    block = replace(BUTTONS, factory="tests.recipes.agent_environments:Unmade", workers=0)
+    with pytest.raises(NoVerdictError, match=r"'environment' failed on 24 of 24[\s\S]*no such server"):
+        grpo.run(config(agent, tmp_path, block, max_steps=9))
+    assert len(metrics_of(tmp_path)) == 3
 
 
 def test_data_without_a_column_that_reset_needs_is_refused(agent: tuple[Path, Path], tmp_path: Path) -> None:
