@@ -105,8 +105,15 @@ class Environment:
 def methods_of(instance: Any) -> list[Tool]:
     """The tools of an instance or a class: its public methods but those of the convention, by name as TRL has them."""
     owner = instance if isinstance(instance, type) else type(instance)
-    names = [name for name, _ in inspect.getmembers(owner, inspect.isfunction) if name not in NOT_TOOLS]
-    return [] if instance is None else [getattr(instance, name) for name in names if not name.startswith("_")]
+    # A class method is no function, and a static one is: both are the author's tools.
+    names = [name for name, _ in inspect.getmembers(owner, inspect.isroutine) if _is_own(owner, name)]
+    return [] if instance is None else [getattr(instance, name) for name in names if name not in NOT_TOOLS]
+
+
+def _is_own(owner: type, name: str) -> bool:
+    """Whether a public attribute was written as a method: what a builtin base brings (of `dict`, say) is no tool."""
+    found = inspect.getattr_static(owner, name)
+    return not name.startswith("_") and (inspect.isfunction(found) or isinstance(found, classmethod | staticmethod))
 
 
 def reset_columns(reset: Callable[..., Any], columns: Mapping[str, Any]) -> list[str]:

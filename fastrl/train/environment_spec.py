@@ -11,6 +11,7 @@ A class is an environment or a set of tools: its public methods. A function is a
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +55,7 @@ class EnvironmentSpec:
         owners = [_class_of(each) for each in self.tools if _is_class(each)]
         found: list[Tool] = [each for each in self.tools if not _is_class(each)]
         for owner in [*owners, *([] if self.owner is None else [self.owner])]:
-            found += [MethodType(method, owner) for method in methods_of(owner)]
+            found += [_described(method, owner) for method in methods_of(owner)]
         return found
 
     @property
@@ -71,8 +72,14 @@ class EnvironmentSpec:
         if not callable(getattr(self.owner, "get_tool_schemas", None)):
             return [] if self.replies and not self.functions() else schemas_of(self.functions())
         assert self.factory is not None
-        found: list[dict[str, Any]] = self.factory().get_tool_schemas()
-        return found
+        found = _made(self.factory, "of this run").get_tool_schemas()
+        schemas: list[dict[str, Any]] = asyncio.run(found) if inspect.iscoroutine(found) else found
+        if not isinstance(schemas, list) or not all(isinstance(each, dict) and "function" in each for each in schemas):
+            raise ValueError(
+                "get_tool_schemas of the environment must return a list of JSON schemas, each with a key "
+                f'"function"; got {schemas!r:.80}'
+            )
+        return schemas
 
 
 def environment_spec(block: EnvironmentBlock) -> EnvironmentSpec:
@@ -84,7 +91,7 @@ def environment_spec(block: EnvironmentBlock) -> EnvironmentSpec:
     factory = None if block.factory is None else _resolved(block.factory, "environment.factory")
     owner: type | None = None
     if factory is not None:
-        owner = _class_of(factory) if _is_class(factory) else type(factory())
+        owner = _class_of(factory) if _is_class(factory) else type(_made(factory, block.factory))
         if not callable(getattr(owner, "reset", None)):
             raise ValueError(f"environment.factory {block.factory!r} needs a method reset; {owner.__name__} has none")
     spec = EnvironmentSpec(factory, owner, tuple(_resolved(each, "environment.tools") for each in block.tools))
@@ -137,13 +144,43 @@ def _resolved(spec: str, key: str) -> Callable[..., Any]:
         found = imported(target, key)
     if not callable(found):
         raise ValueError(f"{key} {spec!r} is not a class or function but {type(found).__name__}")
-    if options:
-        try:
-            inspect.signature(found).bind(**options)
-        except TypeError as error:
-            raise ValueError(f"{key} {spec!r} cannot be made: {error}") from error
-        return partial(found, **options)
-    return found
+    if options or isinstance(found, type) or key == "environment.factory":
+        bound(found, options or {}, spec, key)
+    return partial(found, **options) if options else found
+
+
+def bound(found: Callable[..., Any], options: Mapping[str, Any], spec: str, key: str) -> None:
+    """Refuse options that a class or factory does not take, and the lack of those it needs; a bare function needs none.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    if not options and not isinstance(found, type) and key == "environment.tools":
+        return
+    try:
+        inspect.signature(found).bind(**options)
+    except TypeError as error:
+        raise ValueError(
+            f"{key}: {spec!r} cannot be made: {error}; options go in parentheses, as in {spec.partition('(')[0]}"
+            "(name=value)"
+        ) from error
+
+
+def _made(factory: Callable[[], Any], name: str | None) -> Any:
+    """An instance, to ask what it is."""
+    try:
+        return factory()
+    except Exception as error:  # the user's code
+        raise ValueError(
+            f"environment.factory {name} cannot be made: it raised {type(error).__name__}: {error}; mend it, or its "
+            "options"
+        ) from error
+
+
+def _described(method: Tool, owner: type) -> Tool:
+    """A tool of a class as its instance would have it: without `self`, which neither of the other kinds shows."""
+    is_static = isinstance(inspect.getattr_static(owner, method.__name__, None), staticmethod)
+    return method if is_static or inspect.ismethod(method) else MethodType(method, owner)
 
 
 def _is_class(found: Callable[..., Any]) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from difflib import get_close_matches
 
+from fastrl.rewards.spec import parsed
+from fastrl.rollout.tools.search import check_options
 from fastrl.train.config import (
     EnvironmentBlock,
     EvalConfig,
@@ -13,9 +15,11 @@ from fastrl.train.config import (
     OnlineDPOConfig,
     OnPolicyConfig,
 )
+from fastrl.train.config.pipeline import is_made_later
 from fastrl.train.contents import quoted
 from fastrl.train.environment_verifiers import check_installed
 from fastrl.train.tiny_files import CORPORA, is_tiny, tiny_problem
+from fastrl.train.validate_environment_source import source_problems
 from fastrl.train.validate_rewards import imported_problem
 
 BUILT_IN_TOOLS = ("calculator", "python", "search")
@@ -64,6 +68,8 @@ def _settings(block: EnvironmentBlock) -> Iterator[str]:
     for spec in block.tools:
         if spec.partition("(")[0] not in BUILT_IN_TOOLS:
             yield from _named("environment.tools", spec)
+        else:
+            yield from _built_in(spec)
         for option in filter(is_tiny, quoted(spec)):
             yield from tiny_problem("environment.tools", option, CORPORA)
     if not _is_used(block):
@@ -93,10 +99,26 @@ def _verifiers_problem() -> Iterator[str]:
         yield f"environment.factory: {error}"
 
 
+def _built_in(spec: str) -> Iterator[str]:
+    """Options that the tool does not take, lacks, or that name no file."""
+    from fastrl.train.environment_spec import BUILT_IN, bound  # lazily: most runs have no tools
+
+    try:
+        target, options = parsed(spec, "environment.tools:")
+        bound(BUILT_IN[target], options or {}, spec, "environment.tools")
+        if target == "search":
+            corpus = (options or {})["corpus"]
+            if not is_made_later(corpus) and not (isinstance(corpus, str) and is_tiny(corpus)):
+                check_options(**(options or {}))
+    except ValueError as error:
+        yield str(error) if str(error).startswith("environment.tools:") else f"environment.tools: {spec}: {error}"
+
+
 def _named(key: str, spec: str) -> Iterator[str]:
     place, colon, name = spec.partition("(")[0].rpartition(":")
     if colon:
-        yield from imported_problem(key, spec, place, name)
+        problems = list(imported_problem(key, spec, place, name))
+        yield from problems or source_problems(key, spec, place, name)
         return
     near = get_close_matches(name, BUILT_IN_TOOLS, n=1, cutoff=0.5) if key.endswith("tools") else []
     hint = f"; did you mean {near[0]}?" if near else ""

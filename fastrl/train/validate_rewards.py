@@ -36,15 +36,10 @@ def reward_problem(spec: str, *, key: str = "reward_funcs") -> Iterator[str]:
 
 def imported_problem(key: str, spec: str, place: str, name: str) -> Iterator[str]:
     """Problem with `place:name`, a name in a module or file, for the entry `spec` of the option `key`."""
-    if place.endswith(".py"):
-        source: str | None = place
-    else:
-        module = _find(place)
-        if module is None:
+    source = source_of(place)
+    if source is None:
+        if _find(place) is None:
             yield f"{key}: {spec}: there is no module {place!r}; is its folder on PYTHONPATH?"
-            return
-        source = module.origin
-    if source is None or not source.endswith(".py"):
         return  # a compiled module tells nothing before it is imported
     if not Path(source).is_file():
         yield f"{key}: {spec}: the file {source} does not exist"
@@ -57,6 +52,14 @@ def imported_problem(key: str, spec: str, place: str, name: str) -> Iterator[str
     if name not in names and "*" not in names:
         near = get_close_matches(name, names, n=1)
         yield f"{key}: {spec}: {source} has no {name}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def source_of(place: str) -> str | None:
+    """The Python file that `place` names, by itself or as a module; None for a module that has none."""
+    if place.endswith(".py"):
+        return place
+    module = _find(place)
+    return module.origin if module is not None and (module.origin or "").endswith(".py") else None
 
 
 def _find(module: str) -> ModuleSpec | None:

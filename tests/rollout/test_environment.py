@@ -146,3 +146,25 @@ def test_a_reply_keeps_the_keys_that_templates_read() -> None:
         {"role": "tool", "content": "1", "name": "f"},
         {"role": "user", "content": "x"},
     ]
+
+
+def test_static_and_class_methods_are_tools_and_what_a_base_brings_is_none() -> None:
+    class Mixed(dict[str, int]):
+        kind = str
+
+        @staticmethod
+        def double(x: int) -> int:
+            return 2 * x
+
+        @classmethod
+        def triple(cls, x: int) -> int:
+            return 3 * x
+
+        def plain(self, x: int) -> int:
+            return x
+
+    environment = Environment(Mixed(), [])
+    assert [tool.__name__ for tool in methods_of(Mixed())] == ["double", "plain", "triple"]
+    assert [tool.__name__ for tool in methods_of(Mixed)] == ["double", "plain", "triple"]
+    results = environment.answer({"calls": [[name, {"x": 1}] for name in ("double", "triple", "plain")]})["results"]
+    assert [text for text, _ in results] == ["2", "3", "1"]

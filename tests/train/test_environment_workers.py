@@ -177,6 +177,8 @@ def test_schemas_come_from_signatures_and_docstrings_without_an_instance(source:
         ({"factory": "{0}:double(x=1)"}, "needs a method reset"),
         ({"factory": "{0}:Gone"}, "has no 'Gone'"),
         ({"factory": "{0}:Odd(wrong=1)"}, "cannot be made"),
+        ({"factory": "{0}:double"}, r"missing a required argument: 'x'; options go in parentheses"),
+        ({"tools": ("search",)}, "missing a required argument: 'corpus'"),
         ({"tools": ("calculatr",)}, "Did you mean 'calculator'"),
     ],
 )
@@ -234,3 +236,28 @@ def _sleepers() -> list[str]:
         with suppress(OSError):  # it ended meanwhile
             found += [path.parent.name] if b"4817.5" in path.read_bytes() else []
     return found
+
+
+def test_every_kind_of_method_has_its_own_parameters_in_the_schema(tmp_path: Path) -> None:
+    path = tmp_path / "kinds.py"
+    described = '"""\n        Says.\n\n        Args:\n            x: A number.\n        """'
+    kinds = (("@staticmethod", "static", ""), ("@classmethod", "of_class", "cls, "), ("", "plain", "self, "))
+    methods = "".join(f"\n    {mark}\n    def {name}({first}x: int): {described}\n" for mark, name, first in kinds)
+    path.write_text(f"class Kinds:\n    def reset(self): ...\n{methods}")
+    schemas = environment_spec(EnvironmentBlock(factory=f"{path}:Kinds")).schemas()
+    assert sorted(schema["function"]["name"] for schema in schemas) == ["of_class", "plain", "static"]
+    assert all(list(schema["function"]["parameters"]["properties"]) == ["x"] for schema in schemas)
+
+
+def test_a_factory_or_schemas_that_fail_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "failing.py"
+    path.write_text(
+        "class Talks:\n    def reset(self): ...\n    def get_reply(self, message): ...\n"
+        "    async def get_tool_schemas(self): return []\n\n\ndef failing(): raise OSError('no server')\n"
+        "\n\nclass Names(Talks):\n    def get_tool_schemas(self): return ['press']\n"
+    )
+    with pytest.raises(ValueError, match=r"failing cannot be made: it raised OSError: no server"):
+        environment_spec(EnvironmentBlock(factory=f"{path}:failing"))
+    with pytest.raises(ValueError, match="must return a list of JSON schemas"):
+        environment_spec(EnvironmentBlock(factory=f"{path}:Names")).schemas()
+    assert environment_spec(EnvironmentBlock(factory=f"{path}:Talks")).schemas() == []

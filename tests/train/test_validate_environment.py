@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,7 @@ def said(block: EnvironmentBlock, config: GRPOConfig = GRPO) -> str:
 
 def test_an_environment_and_tools_that_exist_are_fine() -> None:
     block = EnvironmentBlock(
-        factory="tests.recipes.agent_environments:Buttons", tools=("search(corpus=x)", "calculator")
+        factory="tests.recipes.agent_environments:Buttons", tools=(f"search(corpus={__file__!r})", "calculator")
     )
     assert said(block) == ""
     assert said(EnvironmentBlock()) == ""
@@ -70,5 +71,90 @@ def test_the_list_of_tools_is_the_one_that_runs() -> None:
 )
 def test_recipes_that_only_sample_have_rules_of_their_own(config: EvalConfig | GenerateConfig, says: str) -> None:
     found = " | ".join(played_problems(config))
+    assert says in found
+    assert bool(says) == bool(found)
+
+
+SOURCE = '''
+class NoReset:
+    def go(self) -> str:
+        """Goes."""
+
+class Inherits(NoReset): ...
+
+class Bound:
+    reset = NoReset.go
+
+class Untyped:
+    def reset(self, **columns): ...
+    def go(self, where) -> str:
+        """Goes."""
+
+class Replies:
+    def reset(self, **columns): ...
+    def get_tool_schemas(self): ...
+    def go(self, where): ...
+
+def untyped(x, y: int):
+    """Does."""
+
+def undocumented(x: int) -> int:
+    return x
+
+def factory(x): return NoReset()
+
+@print
+def rewritten(x): ...
+'''
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "says"),
+    [
+        ("factory", "NoReset", "NoReset needs a method reset(self, **columns)"),
+        ("factory", "Inherits", ""),
+        ("factory", "Bound", ""),
+        ("factory", "Untyped", "the tool go needs a type for its parameter where"),
+        ("factory", "Replies", ""),
+        ("factory", "factory(x=1)", ""),
+        ("tools", "NoReset", ""),
+        ("tools", "untyped", "the tool untyped needs a type for its parameter x"),
+        ("tools", "undocumented", "the tool undocumented needs a docstring"),
+        ("tools", "factory(x=1)", ""),
+        ("tools", "rewritten", ""),
+    ],
+)
+def test_the_source_of_an_environment_tells_without_running(tmp_path: Path, key: str, name: str, says: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(SOURCE)
+    spec = f"{path}:{name}"
+    found = said(EnvironmentBlock(factory=spec) if key == "factory" else EnvironmentBlock(tools=(spec,)))
+    assert says in found
+    assert bool(says) == bool(found)
+    assert "|" not in found
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("search", "missing a required argument: 'corpus'"),
+        ("search(corpus=gone.jsonl)", "write options as name=value with literal values"),
+        ("search(corpus='gone.jsonl')", "needs a corpus that is a JSONL file, got 'gone.jsonl'"),
+        ("search(corpus=3)", "got 3"),
+        ("search(corpus={0!r}, top_k=0)", "top_k of at least 1, got 0"),
+        ("search(corpus={0!r}, top_k='3')", "top_k of at least 1, got '3'"),
+        ("search(corpus={0!r}, limit=3)", "unexpected keyword argument 'limit'"),
+        ("calculator(digits=3)", "missing a required argument: 'expression'"),
+        ("calculator(", "write options as name=value"),
+        ("python(second=1)", "unexpected keyword argument 'second'"),
+        ("search(corpus={0!r}, top_k=1)", ""),
+        ("python(seconds=1)", ""),
+        ("calculator()", ""),
+    ],
+)
+def test_a_built_in_tool_that_cannot_be_made_is_a_problem(tmp_path: Path, spec: str, says: str) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"text": "x"}')
+    found = said(EnvironmentBlock(tools=(spec.format(str(corpus)),)))
     assert says in found
     assert bool(says) == bool(found)

@@ -43,8 +43,7 @@ class Search:
     """
 
     def __init__(self, corpus: str, *, top_k: int = 3) -> None:
-        if top_k < 1:
-            raise ValueError(f"search needs top_k of at least 1, got {top_k}")
+        check_options(corpus, top_k=top_k)
         self._index = read_index(corpus)
         self._top_k = top_k
 
@@ -60,6 +59,18 @@ class Search:
         """
         found = best(self._index, query, self._top_k)
         return "\n".join(found) if found else "No document has these words."
+
+
+def check_options(corpus: object, *, top_k: object = 3) -> None:
+    """Refuse what no search can be made of.
+
+    Raises:
+        ValueError: no file of that name, or not a positive number of documents.
+    """
+    if not isinstance(corpus, str) or not Path(corpus).is_file():
+        raise ValueError(f"search needs a corpus that is a JSONL file, got {corpus!r}, which is none")
+    if not isinstance(top_k, int) or top_k < 1:
+        raise ValueError(f"search needs top_k of at least 1, got {top_k!r}")
 
 
 def best(index: Index, query: str, count: int) -> list[str]:
@@ -85,9 +96,12 @@ def read_index(corpus: str) -> Index:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"search: the corpus {corpus} cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):
-        row = json.loads(line) if line.strip() else None
-        if row is None:
+        if not line.strip():
             continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"search: row {number} of {corpus} is not JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise ValueError(f'search: row {number} of {corpus} needs a "text", got {line[:80]}')
         texts.append(f"{row['title']}: {row['text']}" if row.get("title") else row["text"])

@@ -41,9 +41,12 @@ def test_the_tool_shows_titles_and_says_when_nothing_fits(tmp_path: Path) -> Non
 
 
 def test_a_corpus_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="a corpus that is a JSONL file"):
         Search(str(tmp_path / "none.jsonl"))
     with pytest.raises(ValueError, match=r'row 2 of .* needs a "text"'):
         Search(corpus(tmp_path, {"text": "a"}, {"title": "b"}))
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text"')
+    with pytest.raises(ValueError, match=r"row 2 of .*broken.jsonl is not JSON"):
+        Search(str(tmp_path / "broken.jsonl"))
     with pytest.raises(ValueError, match="top_k of at least 1"):
         Search(corpus(tmp_path, {"text": "a"}), top_k=0)
