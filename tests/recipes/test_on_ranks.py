@@ -32,6 +32,7 @@ from fastrl.train.config import (
     RewardConfig,
     RewardsBlock,
     RRHFConfig,
+    SignalsBlock,
     TrainConfig,
 )
 from fastrl.train.interrupt import EXIT_INTERRUPTED
@@ -128,6 +129,30 @@ def test_episodes_with_tools(tmp_path: Path) -> None:
     first = metrics_of(tmp_path / "both")[0]
     assert first["tools/call_frequency"] > 0
     assert first["episodes/environment_error_rate"] > 0
+
+
+def test_three_ranks_and_one_held_out_prompt(base: Base, tmp_path: Path) -> None:
+    held_out = tmp_path / "one.jsonl"
+    held_out.write_text(base.files.prompts.read_text().partition("\n")[0])
+    options = {"per_device_train_batch_size": 12, "num_generations": 6, "eval_dataset": str(held_out), "eval_steps": 2}
+    config = grpo_config(base, tmp_path / "alone", **(CALM | options))
+    assert RECIPES["grpo"].run(config) == 0
+    of_three = replace(config, output_dir=str(tmp_path / "three"), per_device_train_batch_size=4)
+    sharded = replace(of_three, distributed=DistributedBlock(shard="optimizer"))
+    assert results(on_ranks(3, run_recipe, "grpo", sharded)) == [0, 0, 0]
+    assert_same_to_rounding(tmp_path / "alone", tmp_path / "three", checkpoint=4)
+
+
+def test_all_ranks_go_back_together(base: Base, tmp_path: Path) -> None:
+    signals = SignalsBlock(actions={"sparse_reward": "rollback"}, sparse_reward=0.99, window=4)
+    config = grpo_config(
+        base, tmp_path, **(CALM | {"max_steps": 8, "reward_funcs": (f"{JUDGE}:falls_silent",), "signals": signals})
+    )
+    check("grpo", config, tmp_path, distributed=DistributedBlock(shard="optimizer"))
+    for folder in ("alone", "both"):
+        assert len(read_log(tmp_path / folder / "metrics.rolled-back-1.jsonl")) == 6
+    fired = [read_log(tmp_path / folder / "signals.jsonl") for folder in ("alone", "both")]
+    assert [[(line["step"], line["action"]) for line in lines] for lines in fired] == [[(6, "rollback")]] * 2
 
 
 def supervised(base: Base, folder: Path) -> TrainConfig:
