@@ -239,11 +239,13 @@ def replayed(case: Case) -> Replay:
     quantiles = case.lengths.completions()
     picked = [quantiles[(2 * i + 1) * len(quantiles) // (2 * count)] for i in range(count)]
     order = torch.randperm(count, generator=generator).tolist()
-    rollouts = []
+    rollouts: list[Rollout] = []
+    prompt: tuple[int, ...] = ()
     for place in order:
+        if len(rollouts) % case.generations == 0:
+            prompt = tuple(torch.randint(case.shape.vocab, (case.lengths.prompt,), generator=generator).tolist())
         n = max(1, round(picked[place]))
-        ids = torch.randint(case.shape.vocab, (case.lengths.prompt + n,), generator=generator).tolist()
-        prompt, completion = tuple(ids[: case.lengths.prompt]), tuple(ids[case.lengths.prompt :])
+        completion = tuple(torch.randint(case.shape.vocab, (n,), generator=generator).tolist())
         rollouts.append(Rollout(prompt, completion, (0.0,) * n, "stop", 0))
     group = torch.arange(count) // case.generations
     reward = (torch.arange(count) % 2).float()
