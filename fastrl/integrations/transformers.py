@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from importlib import import_module
 from types import MethodType, TracebackType
 from typing import Any
 
@@ -166,15 +167,11 @@ class Applied:
             return self._forward(*args, **kwargs)
         # Asked for every time: peft, resize_token_embeddings and DeepSpeed change the head behind our back.
         head: Any = _plain_head(self._model)
-        before = vars(head).get("forward")
         head.forward = lambda hidden: self._unmake(head, hidden)
         try:
             output = self._forward(*args, **kwargs)
         finally:
-            if before is None:
-                del head.forward
-            else:
-                head.forward = before
+            del head.forward
         return _without_unmade(output)
 
     def _unmake(self, head: nn.Linear, hidden: Tensor) -> Any:
@@ -236,8 +233,9 @@ def apply_fastrl(model: Any, *, backend: str | None = None) -> Applied:
         `Applied`, with `revert()`.
 
     Raises:
-        ValueError: a head that is no plain linear layer, has LoRA, or is sharded by DeepSpeed ZeRO-3; a model with
-            another loss; a model that was applied to already.
+        ValueError: a head that is no plain linear layer, has LoRA, a forward or a backward hook of its own, or is
+            sharded by DeepSpeed ZeRO-3; a model with another loss; a model that was applied to already. What has
+            changed since, in the first forward.
         AttributeError: in the first forward, from a model that does something unknown to its logits.
 
     Cost: as `linear_cross_entropy`, 6 N D V over tokens with a label.
@@ -248,9 +246,10 @@ def apply_fastrl(model: Any, *, backend: str | None = None) -> Applied:
     if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "loss_function"):
         raise ValueError(f"{type(inner).__name__} is no model of transformers: pass a PreTrainedModel")
     _plain_head(inner)
-    loss = getattr(inner.loss_function, "__name__", "")
-    if loss != "ForCausalLMLoss":
-        raise ValueError(f"{type(inner).__name__} trains with {loss or 'its own loss'}, not with ForCausalLMLoss")
+    # By identity: a loss wrapped by functools.wraps has the name and another value.
+    if inner.loss_function is not import_module("transformers.loss.loss_utils").ForCausalLMLoss:
+        loss = getattr(inner.loss_function, "__qualname__", "a loss")
+        raise ValueError(f"{type(inner).__name__} trains with {loss} of its own, not with ForCausalLMLoss")
     return Applied(inner, backend)
 
 
@@ -283,6 +282,13 @@ def _plain_head(model: Any) -> nn.Linear:
         )
     if type(head) is not nn.Linear:
         raise ValueError(f"the head of {type(model).__name__} is {type(head).__name__}, not one torch.nn.Linear")
+    if "forward" in vars(head):
+        raise ValueError(
+            "the head has a forward of its own, from accelerate's device_map or a second thread in this model: train "
+            "with the head on one device, and one model in one thread"
+        )
+    if head._backward_hooks or head._backward_pre_hooks:
+        raise ValueError("the head has a backward hook, which would not be called: remove it, or hook its weight")
     if hasattr(head.weight, "ds_id"):
         raise ValueError(
             "DeepSpeed ZeRO-3 shards the head's weight and gathers it for the head's own forward only, which comes "

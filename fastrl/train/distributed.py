@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,6 +25,8 @@ from fastrl.train.ranks import launched_ranks
 
 T = TypeVar("T")
 BUCKET_BYTES = 256 * 2**20  # one message: large enough for the network's full speed, small beside the gradients
+
+MEETING_GRACE_SECONDS = 60.0  # torch's own limits end first where they hold, and say more
 
 # Messages of rounds that are sampled ahead must not mix with those of the step that is trained meanwhile.
 Lane = Literal["training", "sampling"]
@@ -76,7 +79,11 @@ def joined(config: TrainConfig) -> Iterator[None]:
         torch.cuda.set_device(place.local_rank)
     meeting_point = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     limit = timedelta(seconds=config.distributed.timeout_seconds)
-    with _waiting(f"the {place.size} ranks to meet at {meeting_point}", place.rank, place.size):
+    stranger = f"rank {place.rank} found nobody of its run at {meeting_point}: another program may listen there"
+    with (
+        _waiting(f"the {place.size} ranks to meet at {meeting_point}", place.rank, place.size),
+        _ended_after(config.distributed.timeout_seconds + MEETING_GRACE_SECONDS, stranger),
+    ):
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo", timeout=limit)
         except dist.DistNetworkError as error:
@@ -245,6 +252,25 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def _parts(flat: Tensor, bucket: Sequence[Tensor]) -> list[Tensor]:
     pieces = flat.split([tensor.numel() for tensor in bucket])
     return [piece.view(tensor.shape) for piece, tensor in zip(pieces, bucket, strict=True)]
+
+
+@contextmanager
+def _ended_after(seconds: float, sentence: str) -> Iterator[None]:
+    """End this process when the body takes longer: torch waits without limit for the reply of a program not its own."""
+
+    def end() -> None:
+        os.write(
+            2, f"{sentence}. Choose another MASTER_PORT (torchrun --master_port), the same for all ranks\n".encode()
+        )
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,10 @@ def test_other_heads_models_and_losses_are_refused() -> None:
     with pytest.raises(ValueError, match="head of Qwen3ForSequenceClassification is NoneType"):
         apply_fastrl(scorer)
     model = make_model()
+    theirs = model.loss_function
+    model.loss_function = functools.wraps(theirs)(lambda *args, **others: 2 * theirs(*args, **others))
+    with pytest.raises(ValueError, match="ForCausalLMLoss"):
+        apply_fastrl(model)
     model.loss_function = lambda logits, labels, **others: logits.sum()
     with pytest.raises(ValueError, match="not with ForCausalLMLoss"):
         apply_fastrl(model)

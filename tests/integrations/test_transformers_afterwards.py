@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import threading
 from pathlib import Path
 from types import MethodType
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +74,47 @@ def test_a_vocabulary_that_grows_afterwards_is_trained_whole() -> None:
     assert model(**make_batch()).logits is None
     applied.revert()
     torch.testing.assert_close(got, loss_and_gradients(model, **make_batch()), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_done_around_the_heads_product_is_refused() -> None:
+    """Which a stand-in would pass by in silence: a forward of the instance (accelerate's offload), backward hooks."""
+    offloaded = make_model()
+    plain = offloaded.lm_head.forward
+    offloaded.lm_head.forward = lambda hidden: 2 * plain(hidden)
+    with pytest.raises(ValueError, match="forward of its own"):
+        apply_fastrl(offloaded)
+    for register in ("register_full_backward_hook", "register_full_backward_pre_hook"):
+        hooked = make_model()
+        apply_fastrl(hooked)
+        handle = getattr(hooked.lm_head, register)(lambda *gradients: None)
+        with pytest.raises(ValueError, match="backward hook"):
+            hooked.train()(**make_batch())
+        handle.remove()
+        assert hooked(**make_batch()).logits is None
+
+
+def test_a_second_thread_in_one_models_forward_is_refused() -> None:
+    """It would put the first one's stand-in back for good."""
+    model, batch, found = make_model().train(), make_batch(), []
+
+    def step() -> None:
+        try:
+            model(**batch)
+        except ValueError as error:
+            found.append(str(error))
+
+    def second(module: Any, inputs: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=step)
+            thread.start()
+            thread.join()
+
+    apply_fastrl(model)
+    model.lm_head.register_forward_pre_hook(second)
+    assert model(**batch).logits is None
+    assert len(found) == 1
+    assert "one thread" in found[0]
+    assert "forward" not in vars(model.lm_head)
 
 
 def test_applying_twice_is_refused() -> None:

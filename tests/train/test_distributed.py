@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -140,6 +141,25 @@ def test_a_port_in_use_is_named() -> None:
     assert found.kind == "RanksError"
     assert "another program uses the port" in found.message
     assert "torchrun --master_port" in found.message
+
+
+def call_somebody_silent(said: Path) -> None:
+    os.environ |= {"WORLD_SIZE": "2", "RANK": "1"}
+    distributed.MEETING_GRACE_SECONDS = 0.5
+    with said.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    at_once = replace(ALONE, distributed=DistributedBlock(timeout_seconds=1))
+    with socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))), joined(at_once):
+        pass
+
+
+def test_a_program_that_is_no_rank_and_never_answers_is_not_waited_for(tmp_path: Path) -> None:
+    found = on_ranks(1, call_somebody_silent, tmp_path / "said")[0]
+    assert isinstance(found, Failed)
+    assert found.message == "the process ended without a word"
+    words = (tmp_path / "said").read_text()
+    assert "rank 1 found nobody of its run at 127.0.0.1:" in words
+    assert "another program may listen there. Choose another MASTER_PORT" in words
 
 
 def ask_for_a_gpu() -> None:
