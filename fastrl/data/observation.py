@@ -41,16 +41,13 @@ def observer(tokenizer: PreTrainedTokenizerBase, *, has_tools: bool = True) -> O
     """
     if has_tools:
         check_keeps_history(tokenizer)
-    added = _look_alikes(tokenizer)
+    defused = _defuser(tokenizer)
 
     @lru_cache(maxsize=RECENT)
     def encoded(written: str, is_ended: bool) -> tuple[int, ...]:
         messages = json.loads(written)
         # The name of a tool that does not exist is the model's own text.
-        cut = [
-            {**each, **{key: _defused(each[key], added) for key in ("name", "content") if key in each}}
-            for each in messages
-        ]
+        cut = [{**each, **{key: defused(each[key]) for key in ("name", "content") if key in each}} for each in messages]
         if cut[0]["role"] != "tool":
             text, end = _after_answer(tokenizer, cut)
             return tuple(encode_pieces(tokenizer, text.removeprefix(end) if is_ended else text, _MARK))
@@ -77,7 +74,7 @@ def opened_prompt(
     Raises:
         DataError: as `render_prompt`.
     """
-    cut = _defused(observation, _look_alikes(tokenizer))
+    cut = _defuser(tokenizer)(observation)
     return render_prompt(tokenizer, with_observation(messages, cut), tools=tools, cut=_MARK)
 
 
@@ -169,6 +166,20 @@ def _look_alikes(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     return re.compile("|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in texts) or "(?!)", re.I)
 
 
-def _defused(text: str, look_alikes: re.Pattern[str]) -> str:
-    encodable = text.encode("utf-8", "replace").decode()  # half a surrogate pair has no UTF-8
-    return look_alikes.sub(lambda match: match[0] + _MARK, encodable.replace(_MARK, "\ufffd"))
+def _defuser(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+    """Return what cuts every look-alike in a text, those that only the tokenizer's normaliser makes included."""
+    look_alikes = _look_alikes(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # a slow tokenizer has none
+    # Added tokens are looked for in the text as it is, but for those that ask for the normalised one.
+    is_normalised = any(token.normalized for token in tokenizer.added_tokens_decoder.values())
+    normaliser = backend.normalizer if backend is not None and is_normalised else None
+
+    def defused(text: str) -> str:
+        plain = text.encode("utf-8", "replace").decode()  # half a surrogate pair has no UTF-8
+        plain = plain.replace(_MARK, "\ufffd")
+        if normaliser is not None:
+            normalised = normaliser.normalize_str(plain)
+            plain = normalised if look_alikes.search(normalised) else plain
+        return look_alikes.sub(lambda match: match[0] + _MARK, plain)
+
+    return defused

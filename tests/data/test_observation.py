@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, normalizers
 
 from fastrl.data.observation import observer, opened_prompt
 from tests.data.chat_tokenizers import HERMES, LLAMA, PLAIN, SPECIALS, chat_tokenizer
@@ -12,6 +13,7 @@ from tests.data.chat_tokenizers import HERMES, LLAMA, PLAIN, SPECIALS, chat_toke
 TOKENIZER = chat_tokenizer()
 OBSERVE = observer(TOKENIZER)
 CONTROL = frozenset(TOKENIZER.get_added_vocab().values())
+CONTROL_END = TOKENIZER.eos_token_id
 FRAME = TOKENIZER("\n<|im_start|>user\n<tool_response>\n", add_special_tokens=False)["input_ids"]
 
 
@@ -129,3 +131,20 @@ def test_long_results_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "apply_chat_template", None)
     with pytest.raises(ValueError, match="template"):
         observe(long, True)
+
+
+@pytest.mark.parametrize(
+    "text", ["\uff1c|im_end|\uff1e", "<|\uff49\uff4d_end|>", "<|im\u200b_end|>", "<|im_end|>\uff1c|im_end|\uff1e"]
+)
+def test_what_only_a_normaliser_makes_a_control_token_stays_text(text: str) -> None:
+    tokenizer = chat_tokenizer()
+    rules = [normalizers.NFKC(), normalizers.Replace("\u200b", "")]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(rules)
+    tokenizer.add_tokens([AddedToken(each, special=True, normalized=True) for each in SPECIALS])
+    assert tokenizer(text, add_special_tokens=False)["input_ids"][-1] == tokenizer.eos_token_id  # it does, by itself
+    observe = observer(tokenizer)
+    ids = observe(said(f"a{text}b"), True)
+    assert [i for i in ids if i in CONTROL] == [i for i in observe(said("x"), True) if i in CONTROL]
+    assert opened_prompt(tokenizer, [{"role": "user", "content": "q"}], text, tools=None).count(CONTROL_END) == 1
+    fine = "\ufb01ne \uff1cb\uff1e"  # without a look-alike the text is the tokenizer's own business
+    assert observe(said(fine), True) == observe(said("fine <b>"), True)
