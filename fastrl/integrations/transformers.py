@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 
 from fastrl.integrations.liger.head import operands, read_target
 from fastrl.ops import linear_cross_entropy
+from fastrl.ops.backend import BACKENDS
 
 
 class UnmadeLogits:
@@ -233,13 +234,15 @@ def apply_fastrl(model: Any, *, backend: str | None = None) -> Applied:
         `Applied`, with `revert()`.
 
     Raises:
-        ValueError: a head that is no plain linear layer, has LoRA, a forward or a backward hook of its own, or is
-            sharded by DeepSpeed ZeRO-3; a model with another loss; a model that was applied to already. What has
-            changed since, in the first forward.
+        ValueError: an unknown backend; a head that is no plain linear layer, has LoRA, a forward or a backward hook of
+            its own, or is sharded by DeepSpeed ZeRO-3; a model with another loss; a model that was applied to already.
+            What has changed since, in the first forward.
         AttributeError: in the first forward, from a model that does something unknown to its logits.
 
     Cost: as `linear_cross_entropy`, 6 N D V over tokens with a label.
     """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if hasattr(inner, "_fastrl_applied") and not inner._fastrl_applied.is_reverted:
         raise ValueError("fastrl is applied to this model already: revert() the first one")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastrl.ops import TokenStats, linear_logprob, linear_token_loss
+from fastrl.ops.backend import BACKENDS
 
 # logprob [C], entropy [C], places [C] int64 among the rows that are scored -> loss [C]
 TokenRule = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -73,6 +74,8 @@ class FusedHead:
     def __post_init__(self) -> None:
         if self.cache_gib is not None and not 0 <= self.cache_gib < math.inf:
             raise ValueError(f"cache_gib must be finite and not negative, got {self.cache_gib}")
+        if self.backend is not None and self.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
 
     def apply(
         self,

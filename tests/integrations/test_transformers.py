@@ -165,6 +165,13 @@ def test_a_sharded_head_is_refused() -> None:
         apply_fastrl(model)
 
 
+def test_an_unknown_backend_is_refused_before_the_first_step() -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match="backend must be one of reference"):
+        apply_fastrl(model, backend="cuda")
+    assert "_fastrl_applied" not in vars(model)
+
+
 def test_other_heads_models_and_losses_are_refused() -> None:
     model = make_model()
     model.lm_head = nn.Sequential(nn.Linear(16, VOCABULARY))

@@ -187,3 +187,8 @@ def test_nothing_scored_is_a_loss_of_zero_with_a_gradient(rule):
 def test_a_call_that_no_head_served_is_noticed():
     with pytest.raises(RuntimeError, match="patch"), head_call(HeadCall(torch.ones(3, dtype=torch.bool))):
         pass
+
+
+def test_an_unknown_backend_is_refused_before_the_first_step():
+    with pytest.raises(ValueError, match="backend must be one of reference"):
+        FusedHead(backend="cuda")
