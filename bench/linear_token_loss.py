@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.linear_logprob import QUICK_SHAPES, SHAPES, three_products
+from bench.linear_logprob import QUICK_SHAPES, QUICK_VARIANTS, SHAPES, three_products
 from bench.peers import bare_products, liger_chunked_grpo, liger_triton_grpo, trl_logprob, verl_logprob
 from bench.registry import Compiled, Row, register
 from fastrl.ops.linear_logprob import linear_logprob
@@ -121,7 +121,7 @@ register(
         spec=eager,
         contenders=CONTENDERS,
         shapes=SHAPES,
-        quick_shapes=QUICK_SHAPES,
+        quick_shapes=QUICK_VARIANTS,
         flops=three_products,
         floor=bare_products,
         differentiable=(0, 1),
@@ -137,7 +137,7 @@ register(
             "torch, skip 1e-3": partial(single_pass, backend="torch", skip_tolerance=1e-3),
         },
         shapes=SHAPES,
-        quick_shapes=QUICK_SHAPES,
+        quick_shapes=QUICK_VARIANTS,
         flops=three_products,
         floor=bare_products,
         differentiable=(0, 1),

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.linear_logprob import QUICK_SHAPES, SHAPES, three_products
+from bench.linear_logprob import QUICK_VARIANTS, SHAPES, three_products
 from bench.registry import Compiled, Row, register
 from fastrl.ops.linear_topk_divergence import TopTokens, linear_topk_divergence, reference
 from fastrl.testing import linear_logprob_inputs
@@ -48,7 +48,7 @@ register(
             "triton": partial(ours, backend="triton"),
         },
         shapes=SHAPES,
-        quick_shapes=QUICK_SHAPES,
+        quick_shapes=QUICK_VARIANTS,
         flops=three_products,
         differentiable=(0, 1),
         check_rows=256,
