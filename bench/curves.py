@@ -77,11 +77,11 @@ def _generations(size: int) -> tuple[dict[str, Call], list[torch.Tensor]]:
 
 
 AXES = {
-    "rows": Axis((256, 512, 1024, 2048, 4096), lambda n: head_calls(n, 128, 4096)),
-    "width": Axis((64, 128, 256, 512, 1024), lambda d: head_calls(512, d, 4096)),
-    "vocabulary": Axis((1024, 2048, 4096, 8192, 16384), lambda v: head_calls(512, 128, v)),
-    "context": Axis((128, 256, 512, 1024, 2048), _context),
-    "generations": Axis((2, 4, 8, 16, 32), _generations),
+    "rows": Axis((256, 512, 1024, 2048), lambda n: head_calls(n, 128, 4096)),
+    "width": Axis((64, 128, 256, 512), lambda d: head_calls(512, d, 4096)),
+    "vocabulary": Axis((1024, 2048, 4096, 8192), lambda v: head_calls(512, 128, v)),
+    "context": Axis((128, 256, 512, 1024), _context),
+    "generations": Axis((2, 4, 8, 16), _generations),
 }
 
 

@@ -19,8 +19,8 @@ from fastrl.train.packed_sdpa import bucketed, packed_sdpa
 
 EPSILON = 1e-6
 # packed tokens of 64 completions of 32 tokens, at the widths of bench.grpo_step; one row is one layer's input
-WIDE = {"D=64": (2368, 64), "D=128": (2368, 128), "D=1024": (2368, 1024)}
-HEADS = {"4 x 16": (2368, 4, 16), "4 x 32": (2368, 4, 32), "16 x 64": (2368, 16, 64)}
+WIDE = {"D=64": (2368, 64), "D=1024": (2368, 1024)}
+HEADS = {"4 x 16": (2368, 4, 16), "16 x 64": (2368, 16, 64)}
 # a full micro-batch of `fastrl plan`; of the norm also the heads of qwen3-0.6b as rows
 GPU_WIDE = {"qwen3-0.6b": (16_384, 1024), "qwen3-8b": (16_384, 4096)}
 GPU_NORM = {**GPU_WIDE, "q/k norm": (262_144, 128), "odd": (16_383, 1023)}

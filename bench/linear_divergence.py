@@ -46,7 +46,7 @@ register(
             "triton": partial(ours, backend="triton"),
         },
         shapes={"qwen3-0.6b from 8b": (4096, 1024, 151936, 4096), "llama3-1b from 8b": (4096, 2048, 128256, 4096)},
-        quick_shapes={"narrow": (512, 64, 8192, 128), "wide": (512, 256, 8192, 512)},
+        quick_shapes={"8k words": (512, 64, 8192, 128)},
         flops=lambda n, d, v, e: n * v * (6 * d + 2 * e),
         differentiable=(0, 1),
         check_rows=256,

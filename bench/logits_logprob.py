@@ -30,7 +30,7 @@ register(
             "triton": partial(logits_logprob, backend="triton"),
         },
         shapes={"8k x 151936": (8192, 151936), "8k x 50257": (8192, 50257)},
-        quick_shapes={"demo": (2000, 100), "gpt2": (256, 50257)},
+        quick_shapes={"gpt2": (128, 50257)},
         bytes=lambda n, v, element: 3.0 * element * n * v,  # read; read and written by the gradient
         check_rows=256,
     )

@@ -110,6 +110,8 @@ CPU_CASES = {
     ),
 }
 
+QUICK = ("D=256, 4 layers, V=8192", "D=128, 2 layers, long")
+
 
 @dataclass(frozen=True, slots=True)
 class Replay:
@@ -129,7 +131,7 @@ def main() -> None:
     path = options.results / f"training_step.{device}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        for name in options.cases or cases:
+        for name in options.cases or (QUICK if options.quick and device == "cpu" else cases):
             print(f"\n{name}", flush=True)
             for record in measured(cases[name], device=device, repeats=3 if options.quick else 9):
                 print(_line(record), flush=True)
@@ -409,7 +411,7 @@ def _line(record: dict[str, Any]) -> str:
 def _options(cases: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"default: all of {'; '.join(cases)}")
-    parser.add_argument("--quick", action="store_true", help="3 repeats instead of 9")
+    parser.add_argument("--quick", action="store_true", help="3 repeats instead of 9, and on a CPU two cases")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     options = parser.parse_args()
     unknown = [name for name in options.cases if name not in cases]
