@@ -22,12 +22,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "bench/results"
 PAGES = ("README.md", "docs/benchmarks.md", "docs/plan.md")
-README_ROWS = ("linear_token_loss", "linear_logprob", "linear_cross_entropy", "training_step", "grpo_step", "trl_step")
+README_ROWS = (
+    *("linear_token_loss", "linear_logprob", "linear_cross_entropy"),
+    *("training_step", "supervised_step", "grpo_step", "trl_step"),
+)
 KINDS = {"cpu": "A CPU", "cuda": "A GPU"}
 # What the ops choose by themselves, best first, and what other programs call their own side. The rest is a rival, but
 # for ablations and forms of ours that nobody gets by default.
 OURS = {"cpu": ("fastrl", "with fastrl", "native", "torch"), "cuda": ("fastrl", "with fastrl", "triton", "torch")}
-FORMS = ("linear_logprob", "torch, ", "no packing", "eager head", "no skipping", "no sharing")
+FORMS = ("linear_logprob", "torch, ", "no packing", "eager head", "no skipping", "no sharing", "TRL, ")
 WIDTH, LINE, LEFT, RIGHT = 760, 18, 330, 60
 
 
