@@ -110,7 +110,10 @@ def shape_of(model: str) -> ModelShape:
         found = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error}); give the model's config.json") from None
-    return _from_config(found.get("text_config", found), file)
+    config = found.get("text_config", found) if isinstance(found, dict) else found
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is not an object of names and values; give the model's config.json")
+    return _from_config(config, file)
 
 
 def _from_config(config: Mapping[str, Any], file: Path) -> ModelShape:
@@ -120,6 +123,10 @@ def _from_config(config: Mapping[str, Any], file: Path) -> ModelShape:
     missing = [name for name in names if not isinstance(config.get(name), int)]
     if missing:
         raise ValueError(f"{file} lacks {', '.join(missing)}; the cost model needs a Llama-like configuration")
+    sizes = {name: config[name] for name in (*names, "num_key_value_heads", "head_dim") if config.get(name) is not None}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{file} has {name} {size!r}; sizes are at least 1")
     heads = config["num_attention_heads"]
     return ModelShape(
         hidden=config["hidden_size"],

@@ -68,6 +68,26 @@ def test_a_shape_is_read_from_a_config_and_experts_are_refused(tmp_path: Path) -
         shape_of("gpt-5")
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"num_attention_heads": 0}', "num_attention_heads 0; sizes are at least 1"),
+        ('{"num_hidden_layers": -2}', "num_hidden_layers -2; sizes are at least 1"),
+        ('{"num_key_value_heads": -1}', "num_key_value_heads -1; sizes are at least 1"),
+        ('{"head_dim": "8"}', "head_dim '8'; sizes are at least 1"),
+        ("[]", "is not an object"),
+        ('{"text_config": 3}', "is not an object"),
+    ],
+)
+def test_a_config_of_no_model_is_refused_in_a_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    changed = json.loads(text)
+    whole = {**dict.fromkeys(names, 64), **changed} if isinstance(changed, dict) else changed
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=sentence):
+        shape_of(str(tmp_path))
+
+
 def test_the_head_of_a_hand_made_step_costs_6ndv() -> None:
     step = Workload(shape=SMALL, lengths=FLAT, prompts=2, generations=3)
     assert (step.tokens, step.head_rows, step.attention_pairs) == pytest.approx((6 * 40, 6 * 30, 6 * 40 * 40 / 2))
