@@ -44,19 +44,19 @@ def rollout_seconds(work: Workload, machine: Machine, *, sequences: int) -> floa
     random.Random(0).shuffle(waiting)  # completions do not come sorted by length
     shape = work.shape
     prefill = 2.0 * (shape.backbone + shape.head) * work.prompts * work.lengths.prompt / machine.products
+    cached = work.lengths.prompt + work.lengths.mean() / 2  # tokens of a sequence half way through its completion
     position, seconds, ends = 0.0, prefill, list[float]()
     while waiting or ends:
         while waiting and len(ends) < sequences:
             heapq.heappush(ends, position + waiting.pop())
         alive, end = len(ends), heapq.heappop(ends)
-        seconds += (end - position) * _step(work, machine, alive)
+        seconds += (end - position) * _step(work, machine, alive, cached)
         position = end
     return seconds
 
 
-def _step(work: Workload, machine: Machine, alive: int) -> float:
-    """One token for each of `alive` sequences, half way through their completions."""
-    shape, lengths = work.shape, work.lengths
-    cache = alive * kv_bytes(work) * (lengths.prompt + lengths.mean() / 2)
-    read = (ELEMENT * (shape.backbone + shape.head) + cache) / machine.bandwidth
+def _step(work: Workload, machine: Machine, alive: int, cached: float) -> float:
+    """One token for each of `alive` sequences with `cached` tokens each in the cache."""
+    shape = work.shape
+    read = (ELEMENT * (shape.backbone + shape.head) + alive * kv_bytes(work) * cached) / machine.bandwidth
     return max(read, 2.0 * (shape.backbone + shape.head) * alive / machine.products) + STEP_OVERHEAD

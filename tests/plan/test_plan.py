@@ -189,6 +189,18 @@ def test_one_sequence_is_decoded_token_by_token_at_the_speed_of_reading_the_weig
     assert rollout_seconds(step, H200, sequences=1) == pytest.approx(100 * (weights + 1.5e-3), rel=0.01)
 
 
+def test_a_rollout_of_many_completions_makes_their_quantiles_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = Lengths.completions, list[Lengths]()
+
+    def counted(self: Lengths) -> list[float]:
+        calls.append(self)
+        return real(self)
+
+    monkeypatch.setattr(Lengths, "completions", counted)
+    rollout_seconds(work(prompts=100), H200, sequences=64)
+    assert len(calls) == 2  # once for the lengths, once for their mean; not at each decoding step
+
+
 def test_more_places_never_take_longer() -> None:
     times = [rollout_seconds(work(), H200, sequences=n) for n in (1, 2, 8, 32, 128)]
     assert times == sorted(times, reverse=True)
