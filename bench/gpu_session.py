@@ -207,7 +207,7 @@ def _measured(name: str, label: str, device: str) -> Iterator[dict[str, Any]]:
 
         case = (training_step.CPU_CASES if device == "cpu" else training_step.GPU_CASES)[label]
         place = {"row": name, "shape": {"name": label, "sizes": training_step.sizes(case)}}
-        for record in training_step.measured(case, device=device, repeats=1 if device == "cpu" else 5):
+        for record in training_step.measured(case, device=device, repeats=2 if device == "cpu" else 5):
             yield {**place, **record, **provenance(device, quick=True)}
         return
     row = all_rows()[name]

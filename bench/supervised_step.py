@@ -96,16 +96,19 @@ def main() -> None:
     with (options.results / f"supervised_step.{device}.jsonl").open("w") as file:
         for name in options.cases or cases:
             print(f"\n{name}", flush=True)
+            shape = {"name": name, "sizes": sizes(cases[name])}
             for record in measured(cases[name], device=device, repeats=3 if options.quick else 9):
-                rate = f"{record['ms']:10.1f} ms{record['tokens_per_second']:12,.0f} tokens/s"
-                print(f"  {record['contender']:20}{rate}{record['peak_gib']:10.3f} GiB", flush=True)
-                shape = {"name": name, "sizes": sizes(cases[name])}
                 file.write(json.dumps({"row": "supervised_step", "shape": shape, **record, **origin}) + "\n")
                 file.flush()
+                if "not_timed" in record:
+                    print(f"  {record['contender']:20}  not timed: {record['not_timed']}", flush=True)
+                    continue
+                rate = f"{record['ms']:10.1f} ms{record['tokens_per_second']:12,.0f} tokens/s"
+                print(f"  {record['contender']:20}{rate}{record['peak_gib']:10.3f} GiB", flush=True)
 
 
 def measured(case: Case, *, device: str, repeats: int) -> Iterator[dict[str, Any]]:
-    """One record per contender, after all have agreed with the first."""
+    """One record per contender that agrees with the first; of another one, why it was not timed."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     make = {"shape": case.shape, "lengths": case.lengths, "dtype": dtype, "device": device}
     model = random_model(**make)
@@ -119,7 +122,8 @@ def measured(case: Case, *, device: str, repeats: int) -> Iterator[dict[str, Any
             "neither": partial(ours, is_packed=False, kernels=EAGER),
         }
     steps |= _trl_steps(case, rows, partial(plain_model, **make))
-    check(steps)
+    absent = {} if "TRL" in steps else {"TRL": "trl is not installed"}
+    reasons = {**check(steps), **absent}
     times = timed(steps, repeats, device)
     tokens = sum(len(row.ids) for row in rows)
     for name, samples in times.items():
@@ -134,6 +138,7 @@ def measured(case: Case, *, device: str, repeats: int) -> Iterator[dict[str, Any
             "tokens_per_second": 1e3 * tokens / statistics.median(samples),
             "peak_gib": peak_gib(steps[name], optimizer, device),
         }
+    yield from ({"contender": name, "not_timed": reason} for name, reason in reasons.items())
 
 
 def examples(case: Case) -> list[Example]:

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from bench.__main__ import ROOT, provenance
 from bench.this_machine import measured_machine
-from bench.trl_contender import trl_steps
+from bench.trl_contender import NAMES, trl_steps
 from fastrl.algorithms.policy_gradient import PolicyGradient
 from fastrl.algorithms.presets import dapo
 from fastrl.plan.cost import CHUNK_BYTES, mfu, step_seconds, training_terms
@@ -141,7 +141,7 @@ def main() -> None:
 
 
 def measured(case: Case, *, device: str, repeats: int) -> Iterator[dict[str, Any]]:
-    """One record per contender, after all have agreed with the first."""
+    """One record per contender that agrees with the first; of another one, why it was not timed."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = random_model(case.shape, case.lengths, dtype=dtype, device=device)
     optimizer = MasterAdamW(model)
@@ -150,7 +150,8 @@ def measured(case: Case, *, device: str, repeats: int) -> Iterator[dict[str, Any
     steps |= trl_steps(case, replay, partial(plain_model, case.shape, case.lengths, dtype=dtype, device=device))
     if device == "cuda":
         steps[TRITON] = partial(_in_triton, model, steps["fastrl"])
-    check(steps)
+    absent = {} if "TRL" in steps else {"TRL": "trl is not installed"}
+    reasons = {**check(steps), **absent}
     times = timed(steps, repeats, device)
     work = workload(case)
     machine = _machine(case, dtype, device)
@@ -177,25 +178,34 @@ def measured(case: Case, *, device: str, repeats: int) -> Iterator[dict[str, Any
             "peak_gib": peak_gib(steps[name], optimizer, device),
             **predicted.get(name, {}),
         }
+    yield from ({"contender": name, "not_timed": reason} for name, reason in reasons.items())
 
 
-def check(steps: dict[str, Callable[[], dict[str, float]]]) -> None:
-    """Run every contender once and raise where one computes something else; Triton's may fail, and is left out."""
+def check(steps: dict[str, Callable[[], dict[str, float]]]) -> dict[str, str]:
+    """Run every contender once; TRL and Triton's layers leave `steps` when they fail or compute something else.
+
+    Returns:
+        Why, for each that left.
+
+    Raises:
+        RuntimeError: one of the others computes something else than the first.
+    """
     truth: dict[str, float] = {}
+    reasons: dict[str, str] = {}
     for name, step in list(steps.items()):
         try:
             found = step()
+            truth = truth or found
+            allowed = AGREE_TRITON if name == TRITON else AGREE
+            for key in ("loss", "grad_norm"):
+                if not abs(found[key] - truth[key]) <= allowed * max(1e-3, abs(truth[key])):
+                    raise RuntimeError(f"{name} has {key} {found[key]}, the first contender has {truth[key]}")
         except Exception as failure:
-            if name != TRITON:
+            if name not in (TRITON, *NAMES):
                 raise
-            print(f"  {name:20}failed: {type(failure).__name__}: {failure}", flush=True)
+            reasons[name] = f"{type(failure).__name__}: {failure}"
             del steps[name]
-            continue
-        truth = truth or found
-        allowed = AGREE_TRITON if name == TRITON else AGREE
-        for key in ("loss", "grad_norm"):
-            if abs(found[key] - truth[key]) > allowed * max(1e-3, abs(truth[key])):
-                raise RuntimeError(f"{name} has {key} {found[key]}, the first contender has {truth[key]}")
+    return reasons
 
 
 def _in_triton(model: PreTrainedModel, step: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -401,6 +411,8 @@ def sizes(case: Case) -> dict[str, float]:
 
 
 def _line(record: dict[str, Any]) -> str:
+    if "not_timed" in record:
+        return f"  {record['contender']:20}  not timed: {record['not_timed']}"
     predicted = f"  predicted {record['predicted_ms']:.0f} ms" if "predicted_ms" in record else ""
     return (
         f"  {record['contender']:20}{record['ms']:10.1f} ms{record['tokens_per_second']:12,.0f} tokens/s"

@@ -25,7 +25,8 @@ TINY = {
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # TRL's own name for it
 @pytest.mark.parametrize("method", TINY)
 def test_contenders_take_the_same_step_and_are_all_timed(method: str) -> None:
-    found = {record["contender"]: record for record in measured(TINY[method], device="cpu", repeats=2)}
+    records = list(measured(TINY[method], device="cpu", repeats=2))
+    found = {record["contender"]: record for record in records if "not_timed" not in record}
     expected = {"sft": {"fastrl", "eager head", "no packing", "neither"}, "dpo": {"fastrl", "eager head"}}[method]
     if find_spec("trl") is not None:
         expected |= {"TRL", "TRL, patched"}

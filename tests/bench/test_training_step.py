@@ -22,7 +22,7 @@ CASE = Case(TINY, 4, 4, Lengths(prompt=3, median=6, longest=20), 0.5, 64)
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # TRL's own name for it
 def test_contenders_take_the_same_step_and_are_all_timed() -> None:
-    records = list(measured(CASE, device="cpu", repeats=2))
+    records = [each for each in measured(CASE, device="cpu", repeats=2) if "not_timed" not in each]
     assert [record["contender"] for record in records] == [
         *("fastrl", "no packing", "eager head", "no skipping", "no sharing", "none of these"),
         *(NAMES if find_spec("trl") is not None else ()),
@@ -64,16 +64,34 @@ def test_the_layers_in_triton_take_the_same_step_and_leave_the_model_as_it_was()
     assert [type(module) for module in model.modules()] == kinds
 
 
-def test_layers_in_triton_that_fail_are_left_out_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_layers_in_triton_that_fail_are_left_out_and_said() -> None:
     def failing() -> dict[str, float]:
         raise OSError("no such chip")
 
     steps = {"fastrl": lambda: {"loss": 1.0, "grad_norm": 1.0}, training_step.TRITON: failing}
-    training_step.check(steps)
+    assert training_step.check(steps) == {training_step.TRITON: "OSError: no such chip"}
     assert list(steps) == ["fastrl"]
-    assert "triton layers       failed: OSError: no such chip" in capsys.readouterr().out
     with pytest.raises(OSError, match="no such chip"):
         training_step.check({"another": failing})
+
+
+def test_a_trl_that_computes_something_else_is_recorded_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        training_step, "trl_steps", lambda *_: {"TRL": lambda: {"loss": 9.0, "grad_norm": 1.0}, "TRL, patched": dict}
+    )
+    records = {record["contender"]: record for record in measured(CASE, device="cpu", repeats=2)}
+    assert "TRL has loss 9.0" in records["TRL"]["not_timed"]
+    assert records["TRL, patched"]["not_timed"] == "KeyError: 'loss'"
+    assert "ms" not in records["TRL"]
+    assert records["fastrl"]["ms"] > 0
+    assert "not timed: RuntimeError: TRL has loss" in training_step._line(records["TRL"])
+
+
+def test_an_absent_trl_is_recorded_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_step, "trl_steps", lambda *_: {})
+    records = list(measured(CASE, device="cpu", repeats=2))
+    assert records[-1]["contender"] == "TRL"
+    assert records[-1]["not_timed"] == "trl is not installed"
 
 
 def test_half_of_the_groups_have_no_signal_and_the_cost_model_knows() -> None:
