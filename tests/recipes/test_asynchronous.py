@@ -6,6 +6,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -147,13 +148,23 @@ def test_in_segments_tokens_are_of_several_versions_and_their_logprobs_are_those
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
+    learning = Lock()
     original = grpo.learn
 
     def noted(*args: Any) -> Any:
         seen.append((args[4].step, args[3]))
-        return original(*args)
+        with learning:
+            return original(*args)
+
+    sampled = ProcessEngine.generate
+
+    def while_nothing_is_learned(*args: Any, **options: Any) -> Any:
+        with learning:  # a busy machine would else sample all that is allowed before the next weights are there
+            pass
+        return sampled(*args, **options)
 
     monkeypatch.setattr(grpo, "learn", noted)
+    monkeypatch.setattr(ProcessEngine, "generate", while_nothing_is_learned)
     block = RolloutBlock(max_staleness=2, segment_tokens=2)
     lines = run_grpo(base, tmp_path / "run", rollout=block, max_steps=12, rewards=RewardsBlock(workers=0))
     ordinals = [ordinal for _, experience in seen for ordinal in dict.fromkeys(experience.group.tolist())]
