@@ -234,9 +234,9 @@ def apply_fastrl(model: Any, *, backend: str | None = None) -> Applied:
         `Applied`, with `revert()`.
 
     Raises:
-        ValueError: an unknown backend; a head that is no plain linear layer, has LoRA, a forward or a backward hook of
-            its own, or is sharded by DeepSpeed ZeRO-3; a model with another loss; a model that was applied to already.
-            What has changed since, in the first forward.
+        ValueError: an unknown backend; a head that is no plain linear layer, has LoRA, a forward of its own,
+            a forward or backward hook, or is sharded by DeepSpeed ZeRO-3; a model with another loss; a model that was
+            applied to already. What has changed since, in the first forward.
         AttributeError: in the first forward, from a model that does something unknown to its logits.
 
     Cost: as `linear_cross_entropy`, 6 N D V over tokens with a label.
@@ -275,7 +275,7 @@ def _forward_of_applied(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _plain_head(model: Any) -> nn.Linear:
-    head = model.get_output_embeddings()
+    head = outer = model.get_output_embeddings()
     if hasattr(head, "modules_to_save"):  # peft trains a copy of the whole layer
         head = head.modules_to_save[head.active_adapter]
     if hasattr(head, "lora_A"):
@@ -290,8 +290,12 @@ def _plain_head(model: Any) -> nn.Linear:
             "the head has a forward of its own, from accelerate's device_map or a second thread in this model: train "
             "with the head on one device, and one model in one thread"
         )
-    if head._backward_hooks or head._backward_pre_hooks:
-        raise ValueError("the head has a backward hook, which would not be called: remove it, or hook its weight")
+    for layer in (outer, head):
+        if layer._backward_hooks or layer._backward_pre_hooks:
+            raise ValueError("the head has a backward hook, which would not be called: remove it, or hook its weight")
+        # One that asks for a Tensor would do nothing.
+        if layer._forward_hooks:
+            raise ValueError("the head has a forward hook, which would be given no logits: remove it, or train as is")
     if hasattr(head.weight, "ds_id"):
         raise ValueError(
             "DeepSpeed ZeRO-3 shards the head's weight and gathers it for the head's own forward only, which comes "

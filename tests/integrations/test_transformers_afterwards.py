@@ -93,6 +93,47 @@ def test_what_is_done_around_the_heads_product_is_refused() -> None:
         assert hooked(**make_batch()).logits is None
 
 
+def doubled_if_a_tensor(module: Any, inputs: Any, output: Any) -> Any:
+    return 2 * output if isinstance(output, torch.Tensor) else None
+
+
+def test_a_forward_hook_of_the_head_is_refused() -> None:
+    """A stand-in is no tensor, so a hook that asks for one would do nothing, and the loss be another."""
+    model, batch = make_model(), make_batch()
+    expected = loss_and_gradients(model, **batch)
+    handle = model.lm_head.register_forward_hook(doubled_if_a_tensor)
+    assert abs(loss_and_gradients(model, **batch)[0] - expected[0]) > 1e-3  # the model's own logits are doubled
+    with pytest.raises(ValueError, match="forward hook"):
+        apply_fastrl(model)
+    handle.remove()
+    apply_fastrl(model)
+    handle = model.lm_head.register_forward_hook(doubled_if_a_tensor)
+    with pytest.raises(ValueError, match="forward hook"):
+        model.train()(**batch)
+    assert model.eval()(**batch).logits is not None
+    handle.remove()
+    torch.testing.assert_close(loss_and_gradients(model, **batch), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
+def test_a_hook_of_the_layer_that_peft_put_around_the_head_is_refused(register: str) -> None:
+    peft = pytest.importorskip("peft")
+    model, batch = make_model(), make_batch()
+    apply_fastrl(model)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    handle = getattr(model.get_base_model().lm_head, register)(lambda *seen: None)
+    with pytest.raises(ValueError, match="hook"):
+        model.train()(**batch)
+    handle.remove()
+    assert model(**batch).logits is None
+
+
+def test_what_changes_the_hidden_states_before_the_head_is_heard() -> None:
+    model, batch = make_model(), make_batch()
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: (0.5 * inputs[0],))
+    assert_same_with_and_without(model, **batch)
+
+
 def test_a_second_thread_in_one_models_forward_is_refused() -> None:
     """It would put the first one's stand-in back for good."""
     model, batch, found = make_model().train(), make_batch(), []
