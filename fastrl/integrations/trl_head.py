@@ -72,8 +72,9 @@ class FusedHead:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        if self.cache_gib is not None and not 0 <= self.cache_gib < math.inf:
-            raise ValueError(f"cache_gib must be finite and not negative, got {self.cache_gib}")
+        gib = self.cache_gib
+        if gib is not None and not (isinstance(gib, (int, float)) and 0 <= gib < math.inf):
+            raise ValueError(f"cache_gib must be a number of GiB, finite and not negative, got {gib!r}")
         if self.backend is not None and self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
 

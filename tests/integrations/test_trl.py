@@ -196,3 +196,16 @@ def test_sixteen_bit_gradients_are_nearer_to_float64_than_trls():
         got = torch.autograd.grad(found.sum(), (hidden, weight))
         errors.append(max(float((x.double() - y).abs().max()) for x, y in zip(got, truth, strict=True)))
     assert errors[1] < errors[0] / 2
+
+
+@needs_trl
+def test_a_hook_of_the_head_is_passed_by_with_trls_own_head_and_with_fastrls():
+    from tests.integrations.tiny_models import make_batch, make_model
+
+    model, batch = make_model().train(), make_batch()
+    utils().add_fused_lm_head(model)
+    expected = model(**batch, fused_lm_head=True).loss
+    model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    torch.testing.assert_close(model(**batch, fused_lm_head=True).loss, expected)
+    with integration.patched():
+        torch.testing.assert_close(model(**batch, fused_lm_head=True).loss, expected)

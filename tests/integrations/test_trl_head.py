@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -117,9 +119,10 @@ def test_a_weight_that_zero_3_cut_is_refused():
         apply(FusedHead(), hidden, weight, bias, target)
 
 
-def test_options_that_the_op_would_refuse_are_refused_at_once():
-    with pytest.raises(ValueError, match="cache_gib"):
-        FusedHead(cache_gib=-1.0)
+@pytest.mark.parametrize("cache_gib", [-1.0, math.inf, math.nan, "1", [1.0]])
+def test_options_that_the_op_would_refuse_are_refused_at_once(cache_gib):
+    with pytest.raises(ValueError, match=r"cache_gib must be a number of GiB.*, got "):
+        FusedHead(cache_gib=cache_gib)
 
 
 def test_a_call_scores_its_rows_only():
