@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 import threading
+from collections.abc import Iterator
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastrl.integrations import trl as integration
 
@@ -18,17 +21,17 @@ pytestmark = pytest.mark.filterwarnings("default")  # TRL warns of its own depre
 
 
 @pytest.fixture(autouse=True)
-def _leave_trl_as_it_was():
+def _leave_trl_as_it_was() -> Iterator[None]:
     yield
     integration.unpatch()
 
 
-def with_version(monkeypatch, found):
+def with_version(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
     monkeypatch.setattr(integration, "version", lambda name: found)
 
 
 @pytest.mark.parametrize("found", ["1.15.0", "2.0.0", "0.29.1", "2.1.0.dev0"])
-def test_another_version_is_refused_in_a_sentence(monkeypatch, found):
+def test_another_version_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
     with_version(monkeypatch, found)
     with pytest.raises(RuntimeError, match=rf"found {found}.*pip install 'trl>=1.16,<2'"):
         integration.patch()
@@ -36,7 +39,7 @@ def test_another_version_is_refused_in_a_sentence(monkeypatch, found):
 
 
 @needs_trl
-def test_an_imported_trl_that_is_not_the_installed_one_is_refused(monkeypatch):
+def test_an_imported_trl_that_is_not_the_installed_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import trl
 
     monkeypatch.setattr(trl, "__version__", "1.17.0")
@@ -45,8 +48,8 @@ def test_an_imported_trl_that_is_not_the_installed_one_is_refused(monkeypatch):
     assert integration.active() is None
 
 
-def test_no_trl_is_refused_in_a_sentence(monkeypatch):
-    def absent(name):
+def test_no_trl_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(integration, "version", absent)
@@ -54,23 +57,23 @@ def test_no_trl_is_refused_in_a_sentence(monkeypatch):
         integration.patch()
 
 
-def test_unpatch_without_patch_is_harmless():
+def test_unpatch_without_patch_is_harmless() -> None:
     integration.unpatch()
 
 
-def test_bad_options_are_refused_before_anything_is_replaced():
+def test_bad_options_are_refused_before_anything_is_replaced() -> None:
     with pytest.raises(ValueError, match="cache_gib"):
         integration.patch(cache_gib=-1.0)
     assert integration.active() is None
 
 
-def utils():
+def utils() -> Any:
     from trl.trainer import utils
 
     return utils
 
 
-def held():
+def held() -> dict[tuple[str, str], Any]:
     """What every module of TRL holds under the names that are replaced."""
     return {
         (name, attribute): vars(module)[attribute]
@@ -82,7 +85,7 @@ def held():
 
 
 @needs_trl
-def test_unpatch_restores_exactly():
+def test_unpatch_restores_exactly() -> None:
     utils()
     before = held()
     done = integration.patch()
@@ -94,7 +97,7 @@ def test_unpatch_restores_exactly():
 
 
 @needs_trl
-def test_a_second_patch_changes_options_only():
+def test_a_second_patch_changes_options_only() -> None:
     utils()
     before = held()
     first = integration.patch()
@@ -107,11 +110,11 @@ def test_a_second_patch_changes_options_only():
 
 
 @needs_trl
-def test_a_context_gives_back_what_was_there_even_after_an_error():
+def test_a_context_gives_back_what_was_there_even_after_an_error() -> None:
     utils()
     before = held()
 
-    def fails():
+    def fails() -> None:
         with integration.patched(cache_gib=0.0) as done:
             assert integration.active() is done
             raise KeyError
@@ -120,14 +123,18 @@ def test_a_context_gives_back_what_was_there_even_after_an_error():
         fails()
     assert held() == before
     integration.patch(cache_gib=2.0)
-    with integration.patched():
-        assert integration.active().head.cache_gib is None
-    assert integration.active().head.cache_gib == 2.0
+    with integration.patched() as inside:
+        assert integration.active() is inside
+        assert inside.head.cache_gib is None
+    assert utils()._ChunkedLogProbFunction.cache_gib == 2.0
 
 
 @needs_trl
-def test_a_module_that_imported_the_name_is_moved_and_so_is_one_that_imports_it_later(monkeypatch):
-    early, late = ModuleType("trl.early"), ModuleType("trl.late")
+def test_a_module_that_imported_the_name_is_moved_and_so_is_one_that_imports_it_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    early: Any = ModuleType("trl.early")
+    late: Any = ModuleType("trl.late")
     original = utils().selective_log_softmax
     early.selective_log_softmax = original
     monkeypatch.setitem(sys.modules, "trl.early", early)
@@ -140,8 +147,8 @@ def test_a_module_that_imported_the_name_is_moved_and_so_is_one_that_imports_it_
 
 
 @needs_trl
-def test_a_function_with_other_arguments_is_refused(monkeypatch):
-    def changed(logits, index, temperature=1.0):
+def test_a_function_with_other_arguments_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed(logits: Tensor, index: Tensor, temperature: float = 1.0) -> Tensor:
         raise AssertionError
 
     before = held()
@@ -153,7 +160,7 @@ def test_a_function_with_other_arguments_is_refused(monkeypatch):
 
 
 @needs_trl
-def test_a_head_that_returns_other_things_is_refused(monkeypatch):
+def test_a_head_that_returns_other_things_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from trl.kernels import chunked_logprob
 
     monkeypatch.setattr(chunked_logprob, "OPTIONAL_OUTPUTS", ("entropy", "varentropy"))
@@ -162,14 +169,14 @@ def test_a_head_that_returns_other_things_is_refused(monkeypatch):
 
 
 @needs_trl
-def test_a_head_that_nobody_calls_is_refused(monkeypatch):
+def test_a_head_that_nobody_calls_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(utils(), "add_fused_lm_head", lambda model: None)
     with pytest.raises(RuntimeError, match="would not be reached"):
         integration.patch()
 
 
 @needs_trl
-def test_threads_that_patch_together_leave_one_patch():
+def test_threads_that_patch_together_leave_one_patch() -> None:
     utils()
     before = held()
     threads = [threading.Thread(target=integration.patch) for _ in range(8)]
@@ -182,7 +189,7 @@ def test_threads_that_patch_together_leave_one_patch():
 
 
 @needs_trl
-def test_sixteen_bit_gradients_are_nearer_to_float64_than_trls():
+def test_sixteen_bit_gradients_are_nearer_to_float64_than_trls() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(64, 32, generator=generator).bfloat16().requires_grad_()
     weight = torch.randn(128, 32, generator=generator).bfloat16().requires_grad_()
@@ -199,7 +206,7 @@ def test_sixteen_bit_gradients_are_nearer_to_float64_than_trls():
 
 
 @needs_trl
-def test_a_hook_of_the_head_is_passed_by_with_trls_own_head_and_with_fastrls():
+def test_a_hook_of_the_head_is_passed_by_with_trls_own_head_and_with_fastrls() -> None:
     from tests.integrations.tiny_models import make_batch, make_model
 
     model, batch = make_model().train(), make_batch()

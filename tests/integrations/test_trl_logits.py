@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from fastrl.integrations.trl_logits import (
     entropy_from_logits,
@@ -11,23 +15,23 @@ from fastrl.integrations.trl_logits import (
     selective_log_softmax_and_entropy,
 )
 
-SHAPES = [(11,), (5, 11), (3, 5, 11), (2, 3, 5, 11)]
+SHAPES: list[tuple[int, ...]] = [(11,), (5, 11), (3, 5, 11), (2, 3, 5, 11)]
 
 
-def inputs(shape, dtype=torch.float32):
+def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
     return logits, torch.randint(0, shape[-1], shape[:-1], generator=generator)
 
 
-def truth(logits, index, temperature=1.0):
+def truth(logits: Tensor, index: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     logp = (logits / temperature).log_softmax(-1)
     return logp.gather(-1, index[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_values_and_gradients(shape, dtype):
+def test_values_and_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     logits, index = inputs(shape, dtype)
     exact = logits.detach().double().requires_grad_()
     logprob, entropy = selective_log_softmax_and_entropy(logits, index, temperature=0.7)
@@ -42,14 +46,14 @@ def test_values_and_gradients(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bit_logits_have_results_rounded_once(dtype):
+def test_sixteen_bit_logits_have_results_rounded_once(dtype: torch.dtype) -> None:
     logits, index = inputs((3, 5, 101), dtype)
     expected = truth(logits.detach().double(), index)
     assert torch.equal(selective_log_softmax(logits, index), expected[0].to(dtype))
     assert torch.equal(entropy_from_logits(logits), expected[1].to(dtype))
 
 
-def test_several_classes_per_row():
+def test_several_classes_per_row() -> None:
     logits, index = inputs((3, 5, 11))
     several = torch.stack([index, (index + 1) % 11], -1)
     got = selective_log_softmax(logits, several, 0.7)
@@ -60,7 +64,7 @@ def test_several_classes_per_row():
     )
 
 
-def test_masked_rows_are_zero_and_have_no_gradient():
+def test_masked_rows_are_zero_and_have_no_gradient() -> None:
     logits, index = inputs((3, 5, 11))
     mask = torch.arange(15).view(3, 5) % 2
     logprob, entropy = selective_log_softmax_and_entropy(logits, index, row_mask=mask)
@@ -68,18 +72,19 @@ def test_masked_rows_are_zero_and_have_no_gradient():
     assert (entropy[mask == 0] == 0).all()
     assert (logprob[mask == 1] < 0).all()
     (logprob + entropy).sum().backward()
+    assert logits.grad is not None
     assert (logits.grad[mask == 0] == 0).all()
     assert torch.equal(selective_log_softmax(logits, index, row_mask=mask), logprob)
 
 
-def test_entropy_can_do_without_gradient():
+def test_entropy_can_do_without_gradient() -> None:
     logits, index = inputs((3, 11))
     logprob, entropy = selective_log_softmax_and_entropy(logits, index, False)
     assert logprob.requires_grad
     assert not entropy.requires_grad
 
 
-def test_rows_that_are_views_of_longer_ones_are_read_where_they_lie():
+def test_rows_that_are_views_of_longer_ones_are_read_where_they_lie() -> None:
     logits, index = inputs((3, 6, 11))
     torch.testing.assert_close(
         selective_log_softmax(logits[:, 1:5], index[:, 1:5]), selective_log_softmax(logits, index)[:, 1:5]
@@ -87,7 +92,7 @@ def test_rows_that_are_views_of_longer_ones_are_read_where_they_lie():
 
 
 @pytest.mark.parametrize("function", [selective_log_softmax, selective_log_softmax_and_entropy])
-def test_a_temperature_must_be_positive(function):
+def test_a_temperature_must_be_positive(function: Callable[..., Any]) -> None:
     logits, index = inputs((3, 11))
     with pytest.raises(ValueError, match="temperature must be positive"):
         function(logits, index, temperature=0.0)

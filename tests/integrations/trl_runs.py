@@ -28,7 +28,8 @@ from fastrl.train.tiny import make_tiny_qwen3
 from tests.parity.setting import make_tokenizer, visited_rows
 
 STEPS = 10
-Run = tuple[list[dict[str, float]], dict[str, torch.Tensor]]
+Log = list[dict[str, Any]]  # numbers; TRL logs None where nothing was scored
+Run = tuple[Log, dict[str, torch.Tensor]]
 CONFIGS = {
     SFTTrainer: (SFTConfig, "sft"),
     DPOTrainer: (DPOConfig, "dpo"),
