@@ -34,6 +34,7 @@ class Host:
         vectors: our own tests, relative to the root, where there is no checkout.
         source: folder of a checkout that goes onto the path; None where the package is installed.
         cannot: path -> why no machine without a GPU runs it.
+        vectors_run_it: whether our own tests run the peer too, in its environment; else they need nothing of it.
     """
 
     requirements: tuple[str, ...]
@@ -41,6 +42,7 @@ class Host:
     vectors: tuple[str, ...]
     source: str | None = None
     cannot: tuple[tuple[str, str], ...] = ()
+    vectors_run_it: bool = False
 
 
 CHUNKED = tuple(
@@ -58,6 +60,7 @@ HOSTS = {
         ("trl>=1.16,<2", "peft>=0.18", "parameterized"),
         tuple(f"tests/test_{name}.py" for name in ("kernels", "utils", *(f"{x}_trainer" for x in TRL_TRAINERS))),
         tuple(f"tests/integrations/test_trl{part}.py" for part in ("", "_head", "_logits", "_packing", "_runs")),
+        vectors_run_it=True,
     ),
     "prime_rl": Host(
         ("transformers>=4.57,<6", "loguru", "jaxtyping", "beartype", "setproctitle", "psutil", "wandb"),
@@ -88,10 +91,9 @@ def main() -> int:
     parser.add_argument("--env", type=Path, help="a virtual environment with the peer; else one is made in build/hosts")
     arguments = parser.parse_args(own)
     host = HOSTS[arguments.host]
-    python = (arguments.env or _environment(arguments.host, host)) / "bin" / "python"
     if arguments.checkout is None:
         print(f"no --checkout of {arguments.host} was given: running our own vectors, {', '.join(host.vectors)}")
-        return _pytest(python, ROOT, host.vectors, [], rest)
+        return _vectors(arguments.host, host, arguments.env, rest)
     checkout = arguments.checkout.resolve()
     missing = [test for test in host.tests if not (checkout / test).is_file()]
     for test in missing:
@@ -101,10 +103,22 @@ def main() -> int:
     tests = [test for test in host.tests if test not in {*missing, *(name for name, _ in host.cannot)}]
     if not tests:
         print(f"running our own vectors instead, {', '.join(host.vectors)}")
-        return _pytest(python, ROOT, host.vectors, [], rest)
+        return _vectors(arguments.host, host, arguments.env, rest)
+    python = _python(arguments.host, host, arguments.env)
     path = [] if host.source is None else [checkout / host.source]
     plugin = ["-p", f"fastrl_host_{arguments.host}", "-p", "no:cacheprovider"]
     return _pytest(python, checkout, tests, path, [*plugin, *rest])
+
+
+def _vectors(name: str, host: Host, given: Path | None, options: list[str]) -> int:
+    """Our own tests, by the Python that runs this where they need nothing of the peer."""
+    is_own = given is None and not host.vectors_run_it
+    python = Path(sys.executable) if is_own else _python(name, host, given)
+    return _pytest(python, ROOT, host.vectors, [], options)
+
+
+def _python(name: str, host: Host, given: Path | None) -> Path:
+    return (given or _environment(name, host)) / "bin" / "python"
 
 
 def _environment(name: str, host: Host) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,12 +36,43 @@ def test_without_a_checkout_our_own_vectors_exist_and_are_run(
     host: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[tuple[str, ...]] = []
-    monkeypatch.setattr(run, "_pytest", lambda python, folder, tests, path, options: asked.append(tuple(tests)) or 0)
+
+    def pytest_of(python: Path, folder: Path, tests: tuple[str, ...], *others: object) -> int:
+        asked.append(tests)
+        return 0
+
+    monkeypatch.setattr(run, "_pytest", pytest_of)
     monkeypatch.setattr("sys.argv", ["run.py", host, "--env", "somewhere"])
     assert run.main() == 0
     assert asked == [run.HOSTS[host].vectors]
     assert all((run.ROOT / test).exists() for test in asked[0])
     assert f"no --checkout of {host} was given" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("host", run.HOSTS)
+@pytest.mark.parametrize("is_empty_checkout", [False, True])
+def test_an_environment_is_made_only_where_the_peer_is_run(
+    host: str, is_empty_checkout: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """verl's takes minutes to install, and nothing of verl runs without a GPU."""
+    made: list[str] = []
+    used: list[Path] = []
+
+    def environment(name: str, host: run.Host) -> Path:
+        made.append(name)
+        return tmp_path
+
+    def pytest_of(python: Path, *others: object) -> int:
+        used.append(python)
+        return 0
+
+    monkeypatch.setattr(run, "_environment", environment)
+    monkeypatch.setattr(run, "_pytest", pytest_of)
+    checkout = ["--checkout", str(tmp_path)] if is_empty_checkout else []
+    monkeypatch.setattr("sys.argv", ["run.py", host, *checkout])
+    assert run.main() == 0
+    assert made == (["trl"] if host == "trl" else [])
+    assert used == [tmp_path / "bin" / "python" if host == "trl" else Path(sys.executable)]
 
 
 def test_files_that_a_checkout_lacks_are_named(
