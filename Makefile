@@ -11,7 +11,7 @@ THREADS := OMP_NUM_THREADS=1
 TORCH_INDEX ?=
 CPU_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: install demo test check test-slow test-gpu test-hosts test-vllm kernels-audit parity-vectors bench bench-cpu example-gsm8k examples clean
+.PHONY: install demo test check test-slow test-gpu test-hosts test-vllm kernels-audit parity-vectors bench bench-cpu bench-curves example-gsm8k examples clean
 
 install: $(VENV)/.installed
 
@@ -78,10 +78,16 @@ parity-vectors:
 bench: install
 	$(BIN)/python -m bench
 
-# The records behind the CPU tables of README and docs, and the tables: under five minutes of one idle core.
+# The records behind the CPU tables of README and docs, and the tables: under five minutes of one idle core. The sides
+# of packages that are not installed are recorded as absent (docs/benchmarks.md, "The others").
 bench-cpu: install
 	$(THREADS) $(BIN)/python -m bench --device cpu --quick
 	$(THREADS) $(BIN)/python -m bench.training_step --quick
+	$(THREADS) $(BIN)/python -m bench.supervised_step --quick
+	$(BIN)/python -m bench.figures
+
+# Time and memory against size, for docs/plan.md.
+bench-curves: install
 	$(THREADS) $(BIN)/python -m bench.curves
 	$(BIN)/python -m bench.figures
 

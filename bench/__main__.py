@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from bench.measure import FLOOR, disagreements, timings
+from bench.records import put
 from bench.registry import Row, Shape, all_rows
 
 ROOT = Path(__file__).resolve().parent
@@ -43,7 +43,7 @@ def main() -> None:
             for record in measured(row, shape, dtype=dtype, device=device, quick=options.quick):
                 print(_line(record), flush=True)
                 records.append({"row": name, "shape": {"name": label, "sizes": shape}, **record, **origin})
-        write(options.results / f"{name}.{device}{'.quick' if options.quick else ''}.jsonl", records)
+        put(options.results / f"{name}.{device}{'.quick' if options.quick else ''}.jsonl", records)
 
 
 def measured(row: Row, shape: Shape, *, dtype: torch.dtype, device: str, quick: bool) -> Iterator[dict[str, Any]]:
@@ -90,12 +90,6 @@ def provenance(device: str, *, quick: bool) -> dict[str, Any]:
         "tree_has_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "quick": quick,
     }
-
-
-def write(path: Path, records: list[dict[str, Any]]) -> None:
-    """Replace `path` by the records as JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def _options(rows: dict[str, Row]) -> argparse.Namespace:

@@ -22,7 +22,8 @@ from typing import Any
 
 import yaml
 
-from bench.__main__ import ROOT, provenance, write
+from bench.__main__ import ROOT, provenance
+from bench.records import read, write
 from fastrl.recipes.agent_tasks import make_base_model
 
 EXAMPLES = ROOT.parent / "examples" / "tiny"
@@ -169,13 +170,9 @@ def _text(x: float, y: float, text: str, *, anchor: str = "start", fill: str = "
     return f'<text {place} stroke="white" stroke-width="3" paint-order="stroke">{text}</text>'
 
 
-def _read() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
-
-
 def recorded() -> list[Result]:
     """What was measured, without where."""
-    return [Result(**{key: value for key, value in each.items() if key != "provenance"}) for each in _read()]
+    return [Result(**{key: value for key, value in each.items() if key != "provenance"}) for each in read(RESULTS)]
 
 
 def _key(record: dict[str, Any]) -> tuple[Any, ...]:
@@ -197,7 +194,7 @@ def main() -> None:
                 found = {"task": task, "seed": seed, "has_tools": result.has_tools, "before": result.before}
                 found |= {"after": result.after, "curve": [round(each, 4) for each in result.curve]}
                 found |= {"seconds": round(result.seconds, 1), "provenance": provenance("cpu", quick=False)}
-                write(RESULTS, [*(each for each in _read() if _key(each) != _key(found)), found])
+                write(RESULTS, [*(each for each in read(RESULTS) if _key(each) != _key(found)), found])
     print("\n".join(table(recorded())))
     if options.action == "show":
         FIGURE.write_text(figure(recorded()))

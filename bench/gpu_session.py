@@ -23,33 +23,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARES = {"tests": 0.3, "check": 0.3, "bench": 0.65, "tune": 1.0}  # of what is left when the stage begins
-SILENCE = 100.0  # seconds without a record after which a child counts as hung
+SILENCE = 100.0  # seconds without a record or a line of log after which a child counts as hung
 RESERVE = 8.0  # seconds kept for writing the end
-# Row and shape of the benchmarks, by what a reader would ask first; the others follow in the registry's order.
-FIRST = (
-    ("linear_token_loss", "qwen3-8b"),
-    ("linear_token_loss_masked", "qwen3-8b"),
-    ("linear_token_loss", "qwen3-0.6b"),
-    ("training_step", "qwen3-0.6b, 16k tokens"),
-    ("linear_logprob", "qwen3-8b"),
-    ("linear_cross_entropy", "qwen3-8b"),
-    ("linear_token_loss_peaked", "qwen3-8b"),
-    ("token_objective", "1M tokens"),
-    ("group_advantage", "1024 x 16"),
-    ("linear_token_loss", "llama3-8b"),
-    ("linear_logprob", "qwen3-0.6b"),
-    ("reverse_scan", "16 x 8192"),
-    ("gae", "16 x 8192"),
-)
-DRY_ROWS = ("group_advantage", "token_objective")
-DRY_CASE = "D=256, 4 layers, V=512"
 
 
 def main() -> int:
@@ -74,7 +56,10 @@ def main() -> int:
         child(options.child, options.skip, options.out, dry=options.dry_run)
         return 0
     started = time.monotonic()
-    site = unpack(options.wheels, options.out.parent / "contenders") if options.wheels else None
+    try:
+        site = unpack(options.wheels, options.out.parent / "contenders") if options.wheels else None
+    except ValueError as error:
+        parser.error(f"--wheels: {error}")
     seconds = 60 * options.minutes - (time.monotonic() - started)
     return session(options.out, seconds, dry=options.dry_run, site=site)
 
@@ -131,7 +116,7 @@ def items(stage: str, out: Path, end: float, log: Any, environment: dict[str, st
     while not finished and time.monotonic() < end:
         command = [sys.executable, str(Path(__file__).resolve()), "--child", stage, "--skip", str(skip)]
         process = _start([*command, "--out", str(out), *(["--dry-run"] if dry else [])], environment, log)
-        code = _watch(process, path, end)
+        code = _watch(process, (path, out / "log.txt"), end)
         begun = [record["item_number"] for record in _records(path) if "item_number" in record]
         finished = code == 0
         # Without a new item the child cannot even start: three such and the stage is given up.
@@ -146,12 +131,16 @@ def child(stage: str, skip: int, out: Path, *, dry: bool) -> None:
     """In the child: the items from number `skip` on, each record appended to the stage's file at once."""
     import torch
 
+    from bench.gpu_items import work
+    from fastrl.kernels.tuning import architecture
+
     device = "cpu" if dry else "cuda"
-    extra = {"device": torch.cuda.get_device_name(), "architecture": _architecture()} if device == "cuda" else {}
-    extra = extra or {"device": "cpu", "architecture": "interpreted"}
+    extra = {"device": "cpu", "architecture": "interpreted"}
+    if device == "cuda":
+        extra = {"device": torch.cuda.get_device_name(), "architecture": architecture(torch.device("cuda"))}
     with (out / f"{stage}.jsonl").open("a", buffering=1) as file:
         file.write("\n")  # the child before may have been killed in the middle of a line
-        for number, (name, records) in enumerate(_work(stage, device)):
+        for number, (name, records) in enumerate(work(stage, device)):
             if number < skip:
                 continue
             file.write(json.dumps({"item": name, "item_number": number}) + "\n")
@@ -163,67 +152,6 @@ def child(stage: str, skip: int, out: Path, *, dry: bool) -> None:
             if device == "cuda":
                 torch.cuda.synchronize()  # a device that is broken raises here: the parent starts a fresh child
                 torch.cuda.empty_cache()
-
-
-def _work(stage: str, device: str) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
-    """Name of each item and its records, made when they are asked for."""
-    from dataclasses import asdict
-
-    if stage == "check":
-        from fastrl.command.kernel_check import CASES, check
-
-        for case in CASES:
-            yield case.op, (asdict(record) for record in check(device, [case]))
-    elif stage == "bench":
-        for row, label in _ordered(device):
-            yield f"{row} {label}", _measured(row, label, device)
-    else:
-        from bench.tune import JOBS, timed
-
-        for job in JOBS:
-            yield job.name, timed(job, device, small=device == "cpu")
-
-
-def _ordered(device: str) -> list[tuple[str, str]]:
-    from bench.registry import all_rows
-    from bench.training_step import GPU_CASES
-
-    rows = all_rows()
-    if device == "cpu":
-        return [(name, next(iter(rows[name].quick_shapes))) for name in DRY_ROWS] + [("training_step", DRY_CASE)]
-    known = [("training_step", label) for label in GPU_CASES]
-    known += [(name, label) for name, row in rows.items() for label in row.shapes]
-    return [pair for pair in FIRST if pair in known] + [pair for pair in known if pair not in FIRST]
-
-
-def _measured(name: str, label: str, device: str) -> Iterator[dict[str, Any]]:
-    import torch
-
-    from bench.__main__ import measured, provenance
-    from bench.registry import all_rows
-
-    if name == "training_step":
-        from bench import training_step
-
-        case = (training_step.CPU_CASES if device == "cpu" else training_step.GPU_CASES)[label]
-        place = {"row": name, "shape": {"name": label, "sizes": training_step.sizes(case)}}
-        for record in training_step.measured(case, device=device, repeats=2 if device == "cpu" else 5):
-            yield {**place, **record, **provenance(device, quick=True)}
-        return
-    row = all_rows()[name]
-    shape = (row.quick_shapes if device == "cpu" else row.shapes)[label]
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    origin = provenance(device, quick=True)  # fewer repeats than `python -m bench`
-    for record in measured(row, shape, dtype=dtype, device=device, quick=True):
-        yield {"row": name, "shape": {"name": label, "sizes": shape}, **record, **origin}
-
-
-def _architecture() -> str:
-    import torch
-
-    from fastrl.kernels.tuning import architecture
-
-    return architecture(torch.device("cuda"))
 
 
 def _start(command: list[str], environment: dict[str, str], log: Any) -> subprocess.Popen[bytes]:
@@ -242,18 +170,22 @@ def _wait(process: subprocess.Popen[bytes], end: float) -> int | None:
         return None
 
 
-def _watch(process: subprocess.Popen[bytes], path: Path, end: float) -> int | None:
-    """Like `_wait`; a child that has written nothing for SILENCE seconds is over, too."""
-    size, heard = path.stat().st_size, time.monotonic()
+def _watch(process: subprocess.Popen[bytes], paths: Sequence[Path], end: float) -> int | None:
+    """Like `_wait`; a child that has written nothing into any of the files for SILENCE seconds is over, too."""
+    sizes, heard = _sizes(paths), time.monotonic()
     while process.poll() is None:
         now = time.monotonic()
-        if path.stat().st_size != size:
-            size, heard = path.stat().st_size, now
+        if _sizes(paths) != sizes:
+            sizes, heard = _sizes(paths), now
         if now >= end or now - heard > SILENCE:
             _kill(process)
             return None
         time.sleep(0.2)
     return process.returncode
+
+
+def _sizes(paths: Sequence[Path]) -> list[int]:
+    return [path.stat().st_size for path in paths]
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

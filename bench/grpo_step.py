@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from bench.__main__ import ROOT, provenance, write
+from bench.__main__ import ROOT, provenance
 from bench.grpo_step_task import CASES, SEED, Case, fastrl_config, reward_of, trl_settings, write_task
 from bench.grpo_step_trl import MODES, TRLRun, trl_first_step
+from bench.records import put
 from fastrl.recipes.grpo import learn
 from fastrl.report.journal import Journal
 from fastrl.report.log import METRICS_FILE
@@ -214,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if mode is not None:
                 last = records[-1]
                 print(f"  fastrl: {last['times_faster']:.2f} x, in processor time {last['times_faster_cpu']:.2f} x")
-    write(options.results / "grpo_step.cpu.jsonl", records)
+    put(options.results / "grpo_step.cpu.jsonl", records)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.__main__ import HEADER, ROOT, _line, measured, provenance, write
+from bench.__main__ import HEADER, ROOT, _line, measured, provenance
+from bench.records import put
 from bench.registry import Row
 from fastrl.integrations import liger as ours
 
@@ -49,7 +50,8 @@ def grpo(module: Any) -> Callable[..., Tensor]:
 
     def run(h: Tensor, w: Tensor, rh: Tensor, rw: Tensor, target: Tensor) -> Tensor:
         advantage = torch.linspace(-1, 1, len(h), dtype=h.dtype, device=h.device)
-        return loss(h, w, target.clamp(min=0), (target != -100).to(h.dtype), advantage)[0]
+        value: Tensor = loss(h, w, target.clamp(min=0), (target != -100).to(h.dtype), advantage)[0]
+        return value
 
     return run
 
@@ -139,7 +141,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     origin = provenance(options.device, quick=True)
     records = [*trainer_records(options.device), *liger_records(options.device)]
-    write(options.results / f"hosts.{options.device}.jsonl", [{**record, **origin} for record in records])
+    put(options.results / f"hosts.{options.device}.jsonl", [{**record, **origin} for record in records])
 
 
 if __name__ == "__main__":

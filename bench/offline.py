@@ -30,6 +30,11 @@ PACKAGES = (
     "datasets>=4.7",
     "accelerate",
     "jsonargparse>=4.49,<5",
+    "peft",
+    "rich",
+    "markdown-it-py",
+    "mdurl",
+    "pygments",
     "dill",
     "multiprocess",
     "xxhash",
@@ -120,25 +125,30 @@ def unpack(folder: Path, site: Path) -> Path:
     """Join the pieces of `folder` and unpack every wheel into `site`; return `site`.
 
     Raises:
-        ValueError: no manifest, or a piece that is missing or is not the one that was packed.
+        ValueError: no manifest, a damaged one, or a piece that is missing or is not the one that was packed.
     """
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise ValueError(f"{folder} has no {MANIFEST}; make it with `python bench/offline.py pack {folder}`")
-    content = json.loads(manifest.read_text())
+    try:
+        content = json.loads(manifest.read_text())
+        pieces = [(str(entry["name"]), str(entry["sha256"])) for entry in content["pieces"]]
+        wheels = [str(name) for name in content["wheels"]]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{manifest} is damaged; copy it again") from None
     site.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile() as whole:
-        for entry in content["pieces"]:
-            path = folder / entry["name"]
+        for name, digest in pieces:
+            path = folder / name
             if not path.is_file():
-                raise ValueError(f"{path} is missing; bring all {len(content['pieces'])} pieces")
+                raise ValueError(f"{path} is missing; bring all {len(pieces)} pieces")
             part = path.read_bytes()
-            if hashlib.sha256(part).hexdigest() != entry["sha256"]:
+            if hashlib.sha256(part).hexdigest() != digest:
                 raise ValueError(f"{path} is damaged; copy it again")
             whole.write(part)
         whole.seek(0)
         with zipfile.ZipFile(whole) as archive:
-            for name in content["wheels"]:
+            for name in wheels:
                 with archive.open(name) as stored, zipfile.ZipFile(stored) as wheel:
                     wheel.extractall(site)
     return site

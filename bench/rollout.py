@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from bench.__main__ import ROOT, provenance, write
+from bench.__main__ import ROOT, provenance
+from bench.records import put
 from fastrl.rollout.builtin import BuiltinEngine
 from fastrl.rollout.engine import Sampling
 
@@ -47,7 +48,7 @@ class Case:
 
 
 TINY = Case(hidden=64, layers=4, heads=4, vocabulary=64, prompts=32, group=8, prompt_length=(8, 14), length=20)
-CASES = {
+CPU_CASES = GPU_CASES = {
     "tiny, 20 tokens each": TINY,
     "tiny, 40 tokens or EOS": replace(TINY, length=40, eos=3),
     "tiny, D=128": replace(TINY, hidden=128),
@@ -116,15 +117,22 @@ def run(sample: Callable[[], list[list[int]]]) -> tuple[int, float]:
     return tokens, time.perf_counter() - start
 
 
-def measured(case: Case, rounds: int, device: str) -> list[dict[str, Any]]:
-    """One record per side, timed in turns after their greedy completions have agreed."""
+def measured(case: Case, *, device: str, repeats: int, seconds: float = float("inf")) -> list[dict[str, Any]]:
+    """One record per side, timed in turns after their greedy completions have agreed.
+
+    Args:
+        seconds: after which no further turn begins; two are taken in any case, and one before them that warms up.
+    """
     model, prompts = model_of(case, device), prompts_of(case)
     engine = BuiltinEngine(model, NoEOS())
     sides = {"generate": partial(by_generate, model, case), "fastrl": partial(by_engine, engine, case)}
     if len({str(side(prompts, True)) for side in sides.values()}) != 1:
         raise RuntimeError(f"{case}: the greedy completions differ, so the two sides do not do the same work")
-    turns = [{name: run(partial(side, prompts, False)) for name, side in sides.items()} for _ in range(rounds + 1)]
-    del turns[0]  # the first round warms up
+    turns: list[dict[str, tuple[int, float]]] = []
+    end = time.perf_counter() + seconds
+    while len(turns) <= repeats and (len(turns) < 3 or time.perf_counter() < end):
+        turns.append({name: run(partial(side, prompts, False)) for name, side in sides.items()})
+    del turns[0]  # the first one warms up
     usual = statistics.mean(turn[name][0] for turn in turns for name in sides)
     records = []
     for name in sides:
@@ -137,11 +145,16 @@ def measured(case: Case, rounds: int, device: str) -> list[dict[str, Any]]:
                 "ms": statistics.median(times),
                 "ms_p10": times[0],
                 "ms_p90": times[-1],
-                "repeats": rounds,
+                "repeats": len(turns),
                 "tokens_per_second": statistics.median(rates),
             }
         )
     return records
+
+
+def sizes(case: Case) -> dict[str, Any]:
+    """The case's numbers, for its records."""
+    return asdict(case)
 
 
 def main() -> None:
@@ -154,15 +167,15 @@ def main() -> None:
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; sampled tokens per second, median")
     print(f"{'case':26s}{'generate':>10s}{'fastrl':>10s}{'ratio':>8s}")
     origin, records = provenance(device, quick=options.quick), []
-    for name, case in CASES.items():
+    for name, case in CPU_CASES.items():
         if options.quick and not name.startswith("tiny"):
             continue
-        found = measured(case, options.rounds, device)
+        found = measured(case, device=device, repeats=options.rounds)
         generate, fastrl = (each["tokens_per_second"] for each in found)
         print(f"{name:26s}{generate:10.0f}{fastrl:10.0f}{fastrl / generate:8.2f}", flush=True)
-        shape = {"name": name, "sizes": asdict(case)}
+        shape = {"name": name, "sizes": sizes(case)}
         records += [{"row": "rollout", "shape": shape, **each, **origin} for each in found]
-    write(options.results / f"rollout.{device}.jsonl", records)
+    put(options.results / f"rollout.{device}.jsonl", records)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ are padded to the longest and cut into micro-batches of as many rows as `micro_t
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,7 +25,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from bench.__main__ import ROOT, provenance
-from bench.training_step import SMALL, check, peak_gib, plain_model, random_model, timed
+from bench.records import put
+from bench.training_cases import SMALL, plain_model, random_model
+from bench.training_step import check, peak_gib, timed
 from bench.trl_contender import any_tokenizer
 from fastrl.plan.lengths import Lengths
 from fastrl.plan.shape import SHAPES, ModelShape
@@ -72,6 +73,7 @@ GPU_CASES = {
     "sft, qwen3-1.7b, 2k": _gpu("sft", "qwen3-1.7b", 64),
 }
 _SHORT = Lengths(prompt=24, median=60, longest=232)
+QUICK = ("sft, D=256, V=8192", "dpo, D=256, V=8192")
 CPU_CASES = {
     "sft, D=256, V=8192": Case("sft", SMALL, 24, _SHORT, 1024),
     "dpo, D=256, V=8192": Case("dpo", SMALL, 24, _SHORT, 1024),
@@ -85,32 +87,31 @@ def main() -> None:
     cases = GPU_CASES if device == "cuda" else CPU_CASES
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"default: all of {'; '.join(cases)}")
-    parser.add_argument("--quick", action="store_true", help="3 repeats instead of 9")
+    parser.add_argument("--quick", action="store_true", help="3 repeats instead of 9, and on a CPU two cases")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     options = parser.parse_args()
     unknown = [name for name in options.cases if name not in cases]
     if unknown:
         parser.error(f"no case is called {unknown[0]!r}; there are {'; '.join(cases)}")
     origin = provenance(device, quick=options.quick)
-    options.results.mkdir(parents=True, exist_ok=True)
-    with (options.results / f"supervised_step.{device}.jsonl").open("w") as file:
-        for name in options.cases or cases:
-            print(f"\n{name}", flush=True)
-            shape = {"name": name, "sizes": sizes(cases[name])}
-            for record in measured(cases[name], device=device, repeats=3 if options.quick else 9):
-                file.write(json.dumps({"row": "supervised_step", "shape": shape, **record, **origin}) + "\n")
-                file.flush()
-                if "not_timed" in record:
-                    print(f"  {record['contender']:20}  not timed: {record['not_timed']}", flush=True)
-                    continue
-                rate = f"{record['ms']:10.1f} ms{record['tokens_per_second']:12,.0f} tokens/s"
-                print(f"  {record['contender']:20}{rate}{record['peak_gib']:10.3f} GiB", flush=True)
+    for name in options.cases or (QUICK if options.quick and device == "cpu" else cases):
+        print(f"\n{name}", flush=True)
+        place = {"row": "supervised_step", "shape": {"name": name, "sizes": sizes(cases[name])}}
+        found = []
+        for record in measured(cases[name], device=device, repeats=3 if options.quick else 9):
+            print(_line(record), flush=True)
+            found.append({**place, **record, **origin})
+        put(options.results / f"supervised_step.{device}.jsonl", found)
 
 
-def measured(case: Case, *, device: str, repeats: int) -> Iterator[dict[str, Any]]:
-    """One record per contender that agrees with the first; of another one, why it was not timed."""
+def measured(case: Case, *, device: str, repeats: int, seconds: float = float("inf")) -> Iterator[dict[str, Any]]:
+    """One record per contender that agrees with the first; of another one, why it was not timed.
+
+    Args:
+        seconds: as in `bench.training_step`.
+    """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    make = {"shape": case.shape, "lengths": case.lengths, "dtype": dtype, "device": device}
+    make: dict[str, Any] = {"shape": case.shape, "lengths": case.lengths, "dtype": dtype, "device": device}
     model = random_model(**make)
     optimizer = MasterAdamW(model)
     rows = examples(case)
@@ -124,7 +125,7 @@ def measured(case: Case, *, device: str, repeats: int) -> Iterator[dict[str, Any
     steps |= _trl_steps(case, rows, partial(plain_model, **make))
     absent = {} if "TRL" in steps else {"TRL": "trl is not installed"}
     reasons = {**check(steps), **absent}
-    times = timed(steps, repeats, device)
+    times = timed(steps, repeats, device, seconds)
     tokens = sum(len(row.ids) for row in rows)
     for name, samples in times.items():
         deciles = statistics.quantiles(samples, n=10, method="inclusive")
@@ -136,7 +137,7 @@ def measured(case: Case, *, device: str, repeats: int) -> Iterator[dict[str, Any
             "ms_p90": deciles[-1],
             "repeats": len(samples),
             "tokens_per_second": 1e3 * tokens / statistics.median(samples),
-            "peak_gib": peak_gib(steps[name], optimizer, device),
+            "peak_gib": peak_gib(steps[name], device),
         }
     yield from ({"contender": name, "not_timed": reason} for name, reason in reasons.items())
 
@@ -166,7 +167,7 @@ def _step(
     is_packed: bool = True,
     kernels: KernelsBlock = DEFAULT,
 ) -> dict[str, float]:
-    paths = {"model_name_or_path": "", "output_dir": "", "train_dataset": ""}
+    paths: dict[str, Any] = {"model_name_or_path": "", "output_dir": "", "train_dataset": ""}
     if case.method == "sft":
         count = sum(sum(row.is_trained) for row in rows)
         sequences = [supervised_sequence(row.ids, row.is_trained, weight=1 / count) for row in rows]
@@ -281,6 +282,13 @@ def sizes(case: Case) -> dict[str, float]:
     shape = {name: getattr(case.shape, name) for name in ("hidden", "layers", "intermediate", "vocab")}
     lengths = {name: getattr(case.lengths, name) for name in ("prompt", "median", "longest")}
     return {**shape, "rows": case.rows, "micro_tokens": case.micro_tokens, **lengths}
+
+
+def _line(record: dict[str, Any]) -> str:
+    if "not_timed" in record:
+        return f"  {record['contender']:20}  not timed: {record['not_timed']}"
+    rate = f"{record['ms']:10.1f} ms{record['tokens_per_second']:12,.0f} tokens/s"
+    return f"  {record['contender']:20}{rate}{record['peak_gib']:10.3f} GiB"
 
 
 if __name__ == "__main__":

@@ -18,108 +18,55 @@ the same step: of a GPU from its data in `fastrl.plan.machine`, of another machi
 from __future__ import annotations
 
 import argparse
-import json
+import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from bench.__main__ import ROOT, provenance
+from bench.records import put
 from bench.this_machine import measured_machine
+from bench.training_cases import (
+    CPU_CASES,
+    GPU_CASES,
+    QUICK,
+    Case,
+    Replay,
+    plain_model,
+    random_model,
+    replayed,
+    sizes,
+    workload,
+)
 from bench.trl_contender import NAMES, trl_steps
 from fastrl.algorithms.policy_gradient import PolicyGradient
 from fastrl.algorithms.presets import dapo
 from fastrl.plan.cost import CHUNK_BYTES, mfu, step_seconds, training_terms
 from fastrl.plan.layers import BFLOAT16, NATIVE_FLOAT32, TRITON_BFLOAT16
-from fastrl.plan.lengths import Lengths
 from fastrl.plan.machine import MACHINES, Machine
 from fastrl.plan.memory import training_memory
-from fastrl.plan.shape import SHAPES, ModelShape
-from fastrl.plan.workload import Workload
 from fastrl.testing import MemoryMeter
 from fastrl.train.config import KernelsBlock, SFTConfig
-from fastrl.train.model import make_packed
 from fastrl.train.native_layers import use_triton_layers
 from fastrl.train.optimizer import MasterAdamW
 from fastrl.train.prepare import StepSequences, prepare, step_sequences
 from fastrl.train.update import policy_batch_loss, update
-from fastrl.types import Rollout, TokenBatch
+from fastrl.types import TokenBatch
 
-SEED = 0
 DEFAULT = KernelsBlock()
 CPU_CHUNK = 2 << 20  # fastrl.ops.head's, for float32 logits of a chunk on a CPU
 AGREE = 2e-3  # relative, of loss and gradient norm; bfloat16 sums in another order
 TRITON = "triton layers"
 AGREE_TRITON = 2e-2  # they round once where transformers' layers round two or three times
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A model and a step.
-
-    Attributes:
-        shape: of the model.
-        prompts, generations: groups, and completions of each.
-        lengths: of prompts and completions.
-        without_signal: share of the groups whose rewards are all equal.
-        micro_tokens: most tokens of a micro-batch.
-    """
-
-    shape: ModelShape
-    prompts: int
-    generations: int
-    lengths: Lengths
-    without_signal: float = 0.3
-    micro_tokens: int = 16_384
-
-
-def _gpu(name: str, context: int, prompts: int, generations: int = 8, micro_tokens: int = 16_384) -> Case:
-    lengths = Lengths(prompt=200, median=400, longest=context - 200)
-    return Case(SHAPES[name], prompts, generations, lengths, micro_tokens=micro_tokens)
-
-
-SMALL = ModelShape(
-    hidden=256, layers=4, heads=8, kv_heads=4, head_dim=32, intermediate=768, vocab=8192, tied=True, qk_norm=True
-)
-GPU_CASES = {
-    "qwen3-0.6b, 16k tokens": _gpu("qwen3-0.6b", 2048, 3),
-    "qwen3-0.6b, 2k": _gpu("qwen3-0.6b", 2048, 16),
-    "qwen3-1.7b, 2k": _gpu("qwen3-1.7b", 2048, 16),
-    "qwen3-4b, 2k": _gpu("qwen3-4b", 2048, 8, micro_tokens=8192),
-    "qwen3-0.6b, 8k, G=16": _gpu("qwen3-0.6b", 8192, 8, 16),
-    "qwen3-1.7b, 16k, G=16": _gpu("qwen3-1.7b", 16_384, 8, 16),
-}
-CPU_CASES = {
-    "D=256, 4 layers, V=8192": Case(SMALL, 4, 8, Lengths(prompt=24, median=60, longest=232), 0.25, 1024),
-    "D=256, 4 layers, V=512": Case(
-        replace(SMALL, vocab=512), 4, 8, Lengths(prompt=24, median=60, longest=232), 0.25, 1024
-    ),
-    "D=128, 2 layers, long": Case(
-        replace(SMALL, hidden=128, layers=2, heads=4, kv_heads=2, intermediate=384, vocab=4096),
-        2,
-        8,
-        Lengths(prompt=24, median=200, longest=1000),
-        0.0,
-        2048,
-    ),
-}
-
-QUICK = ("D=256, 4 layers, V=8192", "D=128, 2 layers, long")
-
-
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """The rollouts of a step and what was made of their rewards."""
-
-    rollouts: list[Rollout]
-    advantage: torch.Tensor
-    group: torch.Tensor
 
 
 def main() -> None:
@@ -129,30 +76,40 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     origin = provenance(device, quick=options.quick)
     path = options.results / f"training_step.{device}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        for name in options.cases or (QUICK if options.quick and device == "cpu" else cases):
-            print(f"\n{name}", flush=True)
-            for record in measured(cases[name], device=device, repeats=3 if options.quick else 9):
-                print(_line(record), flush=True)
-                shape = {"name": name, "sizes": sizes(cases[name])}
-                file.write(json.dumps({"row": "training_step", "shape": shape, **record, **origin}) + "\n")
-                file.flush()
+    for name in options.cases or (QUICK if options.quick and device == "cpu" else cases):
+        print(f"\n{name}", flush=True)
+        place = {"row": "training_step", "shape": {"name": name, "sizes": sizes(cases[name])}}
+        found = []
+        for record in measured(cases[name], device=device, repeats=3 if options.quick else 9):
+            print(_line(record), flush=True)
+            found.append({**place, **record, **origin})
+        put(path, found)
 
 
-def measured(case: Case, *, device: str, repeats: int) -> Iterator[dict[str, Any]]:
-    """One record per contender that agrees with the first; of another one, why it was not timed."""
+def measured(case: Case, *, device: str, repeats: int, seconds: float = float("inf")) -> Iterator[dict[str, Any]]:
+    """One record per contender that agrees with the first; of another one, why it was not timed.
+
+    Args:
+        seconds: after which no further turn of all contenders begins; two are taken in any case.
+    """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = random_model(case.shape, case.lengths, dtype=dtype, device=device)
+    sized: dict[str, Any] = {
+        "shape": case.shape,
+        "lengths": case.lengths,
+        "dtype": dtype,
+        "device": device,
+        "lora_r": case.lora_r,
+    }
+    model = random_model(**sized)
     optimizer = MasterAdamW(model)
     replay = replayed(case)
     steps = contenders(case, model, optimizer, replay)
-    steps |= trl_steps(case, replay, partial(plain_model, case.shape, case.lengths, dtype=dtype, device=device))
+    steps |= trl_steps(case, replay, partial(plain_model, **sized))
     if device == "cuda":
         steps[TRITON] = partial(_in_triton, model, steps["fastrl"])
     absent = {} if "TRL" in steps else {"TRL": "trl is not installed"}
     reasons = {**check(steps), **absent}
-    times = timed(steps, repeats, device)
+    times = timed(steps, repeats, device, seconds)
     work = workload(case)
     machine = _machine(case, dtype, device)
     layer = BFLOAT16 if dtype == torch.bfloat16 else NATIVE_FLOAT32
@@ -175,7 +132,7 @@ def measured(case: Case, *, device: str, repeats: int) -> Iterator[dict[str, Any
             "repeats": len(samples),
             "tokens_per_second": 1e3 * tokens / ms,
             "mfu": mfu(work, ms / 1e3, machine),
-            "peak_gib": peak_gib(steps[name], optimizer, device),
+            "peak_gib": peak_gib(steps[name], device),
             **predicted.get(name, {}),
         }
     yield from ({"contender": name, "not_timed": reason} for name, reason in reasons.items())
@@ -183,6 +140,8 @@ def measured(case: Case, *, device: str, repeats: int) -> Iterator[dict[str, Any
 
 def check(steps: dict[str, Callable[[], dict[str, float]]]) -> dict[str, str]:
     """Run every contender once; TRL and Triton's layers leave `steps` when they fail or compute something else.
+
+    So does whatever has too little memory, if the first has enough.
 
     Returns:
         Why, for each that left.
@@ -195,13 +154,15 @@ def check(steps: dict[str, Callable[[], dict[str, float]]]) -> dict[str, str]:
     for name, step in list(steps.items()):
         try:
             found = step()
+            print(f"  checked: {name}", file=sys.stderr, flush=True)
             truth = truth or found
             allowed = AGREE_TRITON if name == TRITON else AGREE
             for key in ("loss", "grad_norm"):
                 if not abs(found[key] - truth[key]) <= allowed * max(1e-3, abs(truth[key])):
                     raise RuntimeError(f"{name} has {key} {found[key]}, the first contender has {truth[key]}")
         except Exception as failure:
-            if name not in (TRITON, *NAMES):
+            is_out_of_memory = isinstance(failure, torch.OutOfMemoryError) and truth
+            if name not in (TRITON, *NAMES) and not is_out_of_memory:
                 raise
             reasons[name] = f"{type(failure).__name__}: {failure}"
             del steps[name]
@@ -217,53 +178,6 @@ def _in_triton(model: PreTrainedModel, step: Callable[[], dict[str, float]]) -> 
     finally:
         for module, kind in kinds:
             module.__class__ = kind
-
-
-def random_model(shape: ModelShape, lengths: Lengths, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """A Qwen3 of that shape with random weights, ready for packed batches."""
-    model = plain_model(shape, lengths, dtype=dtype, device=device)
-    make_packed(model, device=device, attn_implementation="auto", gradient_checkpointing=False)
-    return model
-
-
-def plain_model(shape: ModelShape, lengths: Lengths, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """The same weights in transformers' own model."""
-    config = Qwen3Config(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=lengths.prompt + lengths.longest,
-        tie_word_embeddings=shape.tied,
-    )
-    torch.manual_seed(SEED)
-    with torch.device(device):
-        return Qwen3ForCausalLM(config).to(dtype)
-
-
-def replayed(case: Case) -> Replay:
-    """Completions of the lengths' quantiles in shuffled order, random tokens, rewards of 0 and 1."""
-    generator = torch.Generator().manual_seed(SEED)
-    count = case.prompts * case.generations
-    quantiles = case.lengths.completions()
-    picked = [quantiles[(2 * i + 1) * len(quantiles) // (2 * count)] for i in range(count)]
-    order = torch.randperm(count, generator=generator).tolist()
-    rollouts: list[Rollout] = []
-    prompt: tuple[int, ...] = ()
-    for place in order:
-        if len(rollouts) % case.generations == 0:
-            prompt = tuple(torch.randint(case.shape.vocab, (case.lengths.prompt,), generator=generator).tolist())
-        n = max(1, round(picked[place]))
-        completion = tuple(torch.randint(case.shape.vocab, (n,), generator=generator).tolist())
-        rollouts.append(Rollout(prompt, completion, (0.0,) * n, "stop", 0))
-    group = torch.arange(count) // case.generations
-    reward = (torch.arange(count) % 2).float()
-    flat = group < round(case.without_signal * case.prompts)
-    reward[flat] = 1.0
-    return Replay(rollouts, dapo().advantage(reward, group), group)
 
 
 def contenders(
@@ -339,19 +253,6 @@ def _batches(
     )
 
 
-def workload(case: Case) -> Workload:
-    """The case in the cost model's words."""
-    groups = round(case.without_signal * case.prompts)
-    return Workload(
-        shape=case.shape,
-        lengths=case.lengths,
-        prompts=case.prompts,
-        generations=case.generations,
-        without_signal=groups / case.prompts,
-        micro_tokens=case.micro_tokens,
-    )
-
-
 def _machine(case: Case, dtype: torch.dtype, device: str) -> Machine:
     known = [
         each for name, each in MACHINES.items() if device == "cuda" and name in torch.cuda.get_device_name().lower()
@@ -370,11 +271,17 @@ def _machine(case: Case, dtype: torch.dtype, device: str) -> Machine:
     )
 
 
-def timed(steps: dict[str, Callable[[], dict[str, float]]], repeats: int, device: str) -> dict[str, list[float]]:
-    """Milliseconds of each contender, every one first in turn."""
+def timed(
+    steps: dict[str, Callable[[], dict[str, float]]], repeats: int, device: str, seconds: float = float("inf")
+) -> dict[str, list[float]]:
+    """Milliseconds of each contender, every one first in turn; `seconds` as in `measured`."""
     samples: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
+    end = time.perf_counter() + seconds
     for repeat in range(repeats):
+        if repeat >= 2 and time.perf_counter() > end:
+            break
+        print(f"  turn {repeat + 1} of {repeats}", file=sys.stderr, flush=True)
         for name in (*names[repeat % len(names) :], *names[: repeat % len(names)]):
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -384,30 +291,18 @@ def timed(steps: dict[str, Callable[[], dict[str, float]]], repeats: int, device
     return samples
 
 
-def peak_gib(step: Callable[[], dict[str, float]], optimizer: MasterAdamW, device: str) -> float:
-    """Most memory alive above weights and optimizer state during a step."""
+def peak_gib(step: Callable[[], dict[str, float]], device: str) -> float:
+    """Most memory alive during a step above what is alive before it: weights, optimizer state, other contenders."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         return float(torch.cuda.max_memory_allocated() - before) / 2**30
-    with MemoryMeter(*optimizer.state_dict().values()) as meter:
+    # By its type alone: `isinstance` would ask objects that answer with deprecation warnings.
+    with MemoryMeter(*(each for each in gc.get_objects() if issubclass(type(each), Tensor))) as meter:
         step()
     return float(meter.peak_bytes) / 2**30
-
-
-def sizes(case: Case) -> dict[str, float]:
-    """The case's numbers, for its records."""
-    shape = {name: getattr(case.shape, name) for name in ("hidden", "layers", "intermediate", "vocab")}
-    step = {name: getattr(case, name) for name in ("prompts", "generations", "without_signal", "micro_tokens")}
-    return {
-        **shape,
-        **step,
-        "prompt": case.lengths.prompt,
-        "median": case.lengths.median,
-        "longest": case.lengths.longest,
-    }
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
-    from bench.training_step import Case, Replay
+    from bench.training_cases import Case, Replay
 
 Step = Callable[[], dict[str, float]]
 NAMES = ("TRL", "TRL, patched", "TRL, FastGRPOTrainer")

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from bench.__main__ import ROOT, provenance, write
+from bench.__main__ import ROOT, provenance
+from bench.records import put
 from fastrl.integrations.trl import FastDPOTrainer, FastGRPOTrainer, patch, unpatch
 from fastrl.testing import MemoryMeter
 from fastrl.train.tiny import make_tiny_qwen3
@@ -86,7 +87,7 @@ class Contender:
         """Most memory that a step's tensors hold at once, the head's gradient included."""
         with MemoryMeter(*self.trainer.model.parameters()) as meter:
             self.step()
-        return meter.peak_bytes / 2**20
+        return float(meter.peak_bytes) / 2**20
 
     def head_gradient(self) -> float:
         return float(self.trainer.model.get_output_embeddings().weight.grad.norm())
@@ -212,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             records.append(
                 {"row": "trl_step", "shape": {"name": label, "sizes": asdict(CASES[label])}, **record, **origin}
             )
-    write(options.results / "trl_step.cpu.jsonl", records)
+    put(options.results / "trl_step.cpu.jsonl", records)
 
 
 if __name__ == "__main__":

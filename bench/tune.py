@@ -120,10 +120,11 @@ def _scan(device: str, small: bool, *, longest: int) -> dict[str, Callable[[], o
 
 def _gae(device: str, small: bool, *, longest: int) -> dict[str, Callable[[], object]]:
     from fastrl.kernels import gae as kernel
+    from fastrl.kernels.reverse_scan import TILES
 
     reward, value, borders = _sequences(device, small, longest)
     columns = (reward, value, borders, value > 0.25, 0.99, 0.95, True)
-    return {str(tile): partial(kernel.forward, *columns, tile=tile) for tile in kernel.TILES}
+    return {str(tile): partial(kernel.forward, *columns, tile=tile) for tile in TILES}
 
 
 def _groups(device: str, small: bool, *, size: int) -> dict[str, Callable[[], object]]:
@@ -164,7 +165,8 @@ def _gradient(device: str, small: bool, *, v: int) -> dict[str, Callable[[], obj
 
     raw, target = _logits(device, small, v)
     plain = map_arguments(1.0, None, 1.0, torch.float32)
-    stats = tuple(token_stats.forward(raw, target, plain).unbind(0))
+    logprob, entropy, lse = token_stats.forward(raw, target, plain).unbind(0)
+    stats = (logprob, entropy, lse)
     out = torch.empty(raw.shape, dtype=torch.bfloat16, device=device)
     arguments = (raw, out, None, target, stats, (torch.ones_like(stats[0]), None, None, None), plain)
     return {str(tuple(x)): partial(token_gradient.backward, *arguments, tile=x) for x in _row_tiles(small)}

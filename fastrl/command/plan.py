@@ -56,10 +56,12 @@ def plan(work: Workload, machine: Machine, *, ranks: int, layer: LayerCost = BFL
     memory = training_memory(work, layer, ranks=ranks)
     largest = largest_micro_batch(work, machine.memory, layer, ranks=ranks)
     if largest == 0:
+        remedies = [] if work.checkpointing else ["--checkpointing"]
+        remedies += [] if work.lora_r else ["--lora_r 32", "more --gpus"]  # which share out the optimizer's state
         short = sum(training_memory(replace(work, micro_tokens=1024), layer, ranks=ranks).values()) / GIB
         raise ValueError(
             f"{short:.0f} GiB are needed with 1,024 tokens and {machine.name} has {machine.memory / GIB:.0f}: "
-            "take --checkpointing, more --gpus, LoRA, or a smaller model"
+            f"take {' or '.join(filter(None, [', '.join(remedies), 'a smaller model']))}"
         )
     occupied = memory["weights, gradients"] + memory["optimizer state"] + memory["reference"]
     together = min(work.completions, most_sequences(work, machine, occupied=occupied))
@@ -91,6 +93,8 @@ def _workload(options: argparse.Namespace) -> Workload:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
     if not 0 <= options.without_signal < 1:
         raise ValueError(f"--without_signal must be in [0, 1), got {options.without_signal}")
+    if options.lora_r < 0:
+        raise ValueError(f"--lora_r must be at least 0 (0 trains all weights), got {options.lora_r}")
     if options.prompt_tokens >= options.context:
         raise ValueError(f"--context {options.context} leaves no room after --prompt_tokens {options.prompt_tokens}")
     if min(options.gpus) < 1:
@@ -109,6 +113,7 @@ def _workload(options: argparse.Namespace) -> Workload:
         checkpointing=options.checkpointing,
         has_reference=options.reference,
         old_passes=options.old_passes,
+        lora_r=options.lora_r,
     )
 
 
@@ -133,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpointing", action="store_true", help="keep only each layer's input for the backward pass")
     add("--reference", action="store_true", help="a KL to a frozen reference")
     add("--old_passes", type=int, choices=(0, 1), default=0, help="1 with several updates for each batch")
+    add("--lora_r", type=int, default=0, help="rank of adapters of all linear layers; 0 trains all weights")
     add("--json", action="store_true")
     return parser
 
@@ -144,13 +150,14 @@ def _text(plans: Sequence[dict[str, Any]], machine: Machine) -> str:
         f"({machine.source})",
         "",
     ]
-    lines += [f"  {name:52}{ms:10.1f} ms" for name, ms in first["training"].items()]
+    lines += [f"  {name:52}{ms:10.1f} ms" for name, ms in first["training"].items() if ms]
     lines.append(f"  {'training step':52}{first['training_ms']:10.1f} ms   {first['mfu']:.0%} MFU")
     together = f"{first['sequences_together']} sequences at once"
     lines += [f"  {'rollout (vLLM, same GPUs)':52}{first['rollout_ms']:10.1f} ms   {together}", ""]
     lines += [f"  {name:52}{gib:10.2f} GiB" for name, gib in first["memory_gib"].items() if gib]
-    fits = "fits" if first["peak_gib"] <= machine.memory / GIB else "DOES NOT FIT"
-    lines.append(f"  {'training peak':52}{first['peak_gib']:10.2f} GiB  of {machine.memory / GIB:.0f}: {fits}")
+    fits = first["peak_gib"] <= machine.memory / GIB
+    verdict = "fits" if fits else f"DOES NOT FIT: take --micro_tokens {first['largest_micro_batch']}"
+    lines.append(f"  {'training peak':52}{first['peak_gib']:10.2f} GiB  of {machine.memory / GIB:.0f}: {verdict}")
     lines += [f"  {'largest packing.token_budget that fits':52}{first['largest_micro_batch']:10,}", ""]
     lines.append(f"  {'GPUs':>6}{'step s':>10}{'tokens/s':>14}{'sent by each GPU':>20}{'of the step':>14}")
     for found in plans:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastrl.plan.machine import Machine
-from fastrl.plan.shape import ModelShape
 from fastrl.plan.workload import Workload
 
 ROLLOUT_BYTES = 16  # of a token that every rank hears of: its id, log-probability and version
@@ -37,26 +36,25 @@ def transfers(
     """Everything that a step sends on `ranks` processors; empty on one."""
     if ranks == 1:
         return []
-    parameters = work.shape.parameters
-    gradient = 4.0 * parameters
+    gradient = 4.0 * work.trainable
     rollouts = ROLLOUT_BYTES * work.sampled_tokens * (ranks - 1)
     if shards_optimizer:
         update = [
             _ring("gradients, reduce-scatter, float32", gradient, 1, machine, ranks),
-            _ring("weights, all-gather", float(element) * parameters, 1, machine, ranks),
+            _ring("weights, all-gather", float(element) * work.trainable, 1, machine, ranks),
         ]
     else:
         update = [_ring("gradients, all-reduce, float32", gradient, 2, machine, ranks)]
     return [
         *update,
         Transfer("rollouts and rewards, all-gather", rollouts, rollouts / _slowest(machine, ranks)),
-        push(work.shape, machine, ranks=ranks, element=element),
+        push(work, machine, ranks=ranks, element=element),
     ]
 
 
-def push(shape: ModelShape, machine: Machine, *, ranks: int, element: int = 2) -> Transfer:
-    """New weights to the sampler: a broadcast that passes through every processor once."""
-    size = float(element) * shape.parameters
+def push(work: Workload, machine: Machine, *, ranks: int, element: int = 2) -> Transfer:
+    """New weights, or adapters alone, to the sampler: a broadcast that passes through every processor once."""
+    size = float(element) * work.trainable
     return Transfer("weights to the sampler, broadcast", size, size / _slowest(machine, ranks))
 
 

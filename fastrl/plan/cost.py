@@ -20,6 +20,7 @@ CHUNK_BYTES = 1 << 30  # float32 logits of a chunk of the head; a test compares 
 ADAM_BYTES = {2: 46, 4: 40}  # one step, per parameter: gradient read twice and clipped, moments, master, weight
 ACCUMULATE_BYTES = {2: 10, 4: 12}  # one micro-batch, per parameter: its gradient is added to the sum
 HEAD_LAUNCHES = 12  # of a chunk
+ADAPTER_LAUNCHES = 63  # of a layer: nine for each of seven matrices
 SHARING_LAUNCHES = 27  # of a layer: one forward and seven backward for each of three, one and two for the outputs
 
 
@@ -60,8 +61,9 @@ def training_terms(work: Workload, layer: LayerCost = BFLOAT16, *, chunk_bytes: 
         chunk_bytes: float32 logits of one chunk of the head.
     """
     shape, micro = work.shape, work.micro_batches
-    passes = 4 if work.checkpointing else 3  # forward, two in backward, and the forward again
-    forward_again = FORWARD_SHARE if work.checkpointing else 0.0
+    again = int(work.checkpointing)
+    passes = (2 if work.lora_r else 3) + again  # forward, d input, d weight unless frozen, and the forward again
+    forward_again = FORWARD_SHARE * again
     kernels = layer.kernels(shape) * shape.layers * micro
     pair = 4.0 * shape.heads * shape.head_dim * shape.layers  # scores and values of one pair, forward
     extra = work.old_passes + int(work.has_reference)
@@ -86,14 +88,21 @@ def training_terms(work: Workload, layer: LayerCost = BFLOAT16, *, chunk_bytes: 
         ),
         Term(
             "head: products and loss",
-            6.0 * work.head_rows * shape.head,
-            10.0 * work.head_rows * shape.vocab + 8.0 * chunks * shape.head,
+            (4.0 if work.lora_r else 6.0) * work.head_rows * shape.head,
+            10.0 * work.head_rows * shape.vocab + (0.0 if work.lora_r else 8.0 * chunks * shape.head),
             HEAD_LAUNCHES * chunks,
             logits=work.head_rows * shape.vocab,
         ),
         Term("layers: shared prompts", 0.0, _sharing_bytes(work, layer.element) * is_shared, kernels_shared),
-        Term("gradients: sum", 0.0, float(ACCUMULATE_BYTES[layer.element]) * micro * shape.parameters),
-        Term("optimizer", 0.0, float(ADAM_BYTES[layer.element]) * shape.parameters, 8),
+        Term(
+            "adapters",
+            2.0 * (3 + again) * work.adapter * work.fed_tokens,
+            (1 + forward_again) * adapter_bytes(work, layer.element) * work.fed_tokens,
+            int(ADAPTER_LAUNCHES * shape.layers * micro * (1 + forward_again)) * int(work.lora_r > 0),
+            is_layers=True,
+        ),
+        Term("gradients: sum", 0.0, float(ACCUMULATE_BYTES[layer.element]) * micro * work.trainable),
+        Term("optimizer", 0.0, float(ADAM_BYTES[layer.element]) * work.trainable, 8),
     ]
     if extra:
         products = 2.0 * (shape.backbone * work.fed_tokens + shape.head * work.head_rows) * extra
@@ -104,6 +113,16 @@ def training_terms(work: Workload, layer: LayerCost = BFLOAT16, *, chunk_bytes: 
         terms.append(Term(name, products, bytes_ * extra, int(kernels * FORWARD_SHARE) * extra))
         terms.append(Term(name + ": attention", pair * work.attention_pairs * extra, 0.0, is_attention=True))
     return terms
+
+
+def adapter_bytes(work: Workload, element: int) -> float:
+    """Of one token in all layers: peft scales each matrix's output and adds it, and adds up the gradients of its input.
+
+    Ten of an output (written, scaled, added; its gradient scaled and read twice) and six of an input (read twice, its
+    gradient written and added): their products are as thin as the rank and wait for memory too.
+    """
+    inputs, outputs = work.shape.layer_widths
+    return float(element * work.shape.layers * (10 * outputs + 6 * inputs)) if work.lora_r else 0.0
 
 
 def _sharing_bytes(work: Workload, element: int) -> float:
@@ -126,7 +145,9 @@ def useful_operations(work: Workload) -> float:
     """Operations that the step cannot do without: forward and backward of the trained tokens, nothing twice."""
     shape = work.shape
     attention = 12.0 * shape.heads * shape.head_dim * shape.layers * work.attention_pairs
-    return 6.0 * (shape.backbone * work.fed_tokens + shape.head * work.head_rows) + attention
+    passes = 4.0 if work.lora_r else 6.0  # a frozen matrix has no gradient
+    products = passes * (shape.backbone * work.fed_tokens + shape.head * work.head_rows)
+    return products + 6.0 * work.adapter * work.fed_tokens + attention
 
 
 def mfu(work: Workload, seconds: float, machine: Machine) -> float:

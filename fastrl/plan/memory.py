@@ -31,13 +31,16 @@ def training_memory(
     # With checkpointing each layer keeps its input, and one layer at a time everything.
     activations = tokens * (shape.layers * element * shape.hidden + kept if work.checkpointing else shape.layers * kept)
     logits = min(chunk_bytes, 4.0 * rows * shape.vocab)
+    d_weight = 0.0 if work.lora_r else 4.0 * shape.head
+    frozen = float(element) * shape.parameters if work.lora_r else 0.0
     return {
-        "weights, gradients": float(STATE_BYTES[element] - shared) * shape.parameters,
-        "optimizer state": float(shared) * shape.parameters / ranks,
-        "reference": float(element) * shape.parameters if work.has_reference else 0.0,
+        "weights, gradients": frozen + float(STATE_BYTES[element] - shared) * work.trainable,
+        "optimizer state": float(shared) * work.trainable / ranks,
+        # with adapters it is the policy without them
+        "reference": float(element) * shape.parameters if work.has_reference and not work.lora_r else 0.0,
         "activations": activations,
         # logits of a chunk and the gradient's operand beside them; d weight and d hidden in float32
-        "head": logits * (1 + element / 4) + 4.0 * shape.head + (4.0 + element) * rows * shape.hidden,
+        "head": logits * (1 + element / 4) + d_weight + (4.0 + element) * rows * shape.hidden,
     }
 
 

@@ -38,7 +38,10 @@ def rollout_seconds(work: Workload, machine: Machine, *, sequences: int) -> floa
         ValueError: no sequence fits.
     """
     if sequences < 1:
-        raise ValueError("no sequence's keys and values fit into the memory that is left for sampling")
+        raise ValueError(
+            "no sequence's keys and values fit into the memory that training leaves for sampling: take a shorter "
+            "--context, more --gpus or a smaller model, or sample on GPUs of their own"
+        )
     quantiles = work.lengths.completions()
     waiting = [quantiles[i * len(quantiles) // work.completions] for i in range(work.completions)]
     random.Random(0).shuffle(waiting)  # completions do not come sorted by length

@@ -42,6 +42,13 @@ class ModelShape:
         return attention + 3 * self.hidden * self.intermediate
 
     @property
+    def layer_widths(self) -> tuple[int, int]:
+        """Inputs and outputs of one layer's matrices, each added up: what an adapter of rank 1 has numbers for."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        inputs = 3 * self.hidden + queries + 2 * self.hidden + self.intermediate
+        return inputs, queries + 2 * keys + self.hidden + 2 * self.intermediate + self.hidden
+
+    @property
     def backbone(self) -> int:
         """Numbers in all layers' matrices."""
         return self.layers * self.layer_weights

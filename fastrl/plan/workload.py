@@ -25,6 +25,7 @@ class Workload:
         checkpointing: keep only each layer's input for the backward pass.
         has_reference: a KL to a frozen reference is computed.
         old_passes: forward passes for the sampling policy's log-probabilities; 0 with one update for each batch.
+        lora_r: rank of adapters of all the layers' matrices over frozen weights; 0 trains all weights.
     """
 
     shape: ModelShape
@@ -36,6 +37,17 @@ class Workload:
     checkpointing: bool = False
     has_reference: bool = False
     old_passes: int = 0
+    lora_r: int = 0
+
+    @property
+    def adapter(self) -> int:
+        """Numbers in the adapters' matrices."""
+        return self.lora_r * self.shape.layers * sum(self.shape.layer_widths)
+
+    @property
+    def trainable(self) -> int:
+        """Parameters with a gradient."""
+        return self.adapter or self.shape.parameters
 
     @property
     def completions(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bench.curves import AXES, Axis, head_calls, measured, slope
+from bench.curves import AXES, Axis, head_points, measured, slope
 
 
 def test_the_slope_of_a_power_is_its_exponent() -> None:
@@ -15,7 +15,7 @@ def test_the_slope_of_a_power_is_its_exponent() -> None:
 
 
 def test_memory_of_eager_grows_with_the_vocabulary_and_ours_with_the_weight_alone() -> None:
-    axis = Axis((2048, 4096, 8192), lambda v: head_calls(1024, 8, v))
+    axis = Axis((2048, 4096, 8192), lambda v: head_points(1024, 8, v))
     ours, eager = measured("vocabulary", axis)
     assert (ours["contender"], eager["contender"]) == ("fastrl", "eager")
     assert eager["memory_slope"] == pytest.approx(1.0, abs=0.05)
@@ -25,7 +25,7 @@ def test_memory_of_eager_grows_with_the_vocabulary_and_ours_with_the_weight_alon
 
 @pytest.mark.parametrize("name", ["context", "generations"])
 def test_a_training_step_is_measured_at_every_size(name: str) -> None:
-    (found,) = measured(name, Axis(AXES[name].values[:2], AXES[name].calls))
+    (found,) = measured(name, Axis(AXES[name].values[:2], AXES[name].points))
     assert found["sizes"] == list(AXES[name].values[:2])
     assert min(found["times_ms"]) > 0
     assert all(b == 2 * a for a, b in zip(AXES[name].values, AXES[name].values[1:], strict=False))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bench import gpu_session, training_step
+from bench import gpu_items, gpu_session
 from bench.tune import best, timed
 
 CHILD = """
@@ -110,27 +110,62 @@ def test_a_candidate_that_cannot_run_is_recorded_beside_those_that_can():
     assert "shared memory" in does_not["failed"]
 
 
+def test_a_child_that_talks_into_the_log_alone_is_not_hung(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_session, "SILENCE", 2.0)
+    (tmp_path / "check.jsonl").write_text("")
+    talking = "import time\nfor _ in range(8):\n    print('turn', flush=True)\n    time.sleep(0.5)"
+    with (tmp_path / "log.txt").open("w") as log:
+        process = gpu_session._start([sys.executable, "-S", "-c", talking], dict(os.environ), log)
+        paths = (tmp_path / "check.jsonl", tmp_path / "log.txt")
+        assert gpu_session._watch(process, paths, time.monotonic() + 30) == 0
+
+
 def test_the_telling_rows_come_first_and_each_row_once(monkeypatch):
-    monkeypatch.setattr(gpu_session, "FIRST", (("b", "small"), ("gone", "small")))
+    monkeypatch.setattr(gpu_items, "FIRST", (("b", "small"), ("gone", "small"), ("rollout", "tiny")))
     rows = {name: SimpleNamespace(shapes={"large": (2,), "small": (1,)}) for name in ("a", "b")}
     monkeypatch.setattr("bench.registry.all_rows", lambda: rows)
     monkeypatch.setattr("bench.training_step.GPU_CASES", {"0.6b": None})
-    others = [("training_step", "0.6b"), ("a", "large"), ("a", "small"), ("b", "large")]
-    assert gpu_session._ordered("cuda") == [("b", "small"), *others]
+    monkeypatch.setattr("bench.supervised_step.GPU_CASES", {"sft": None})
+    monkeypatch.setattr("bench.rollout.GPU_CASES", {"tiny": None, "30M": None})
+    programs = [("training_step", "0.6b"), ("supervised_step", "sft"), ("rollout", "30M")]
+    others = [*programs, ("a", "large"), ("a", "small"), ("b", "large")]
+    assert gpu_items.ordered("cuda") == [("b", "small"), ("rollout", "tiny"), *others]
 
 
-def test_the_telling_rows_exist():
-    sources = "".join(path.read_text() for path in Path(gpu_session.__file__).parent.glob("*.py"))
-    for name, shape in (*gpu_session.FIRST, *((name, "") for name in gpu_session.DRY_ROWS)):
-        assert f'name="{name}"' in sources or name == "training_step"
-        assert f'"{shape}' in sources  # shapes of several rows are listed once
+def test_a_program_whose_package_is_missing_says_so_and_the_others_run(monkeypatch):
+    real = gpu_items._program
+
+    def missing(name: str) -> Any:
+        if name == "supervised_step":
+            raise ModuleNotFoundError("No module named 'rich'")
+        return real(name)
+
+    monkeypatch.setattr(gpu_items, "_program", missing)
+    monkeypatch.setattr("bench.__main__._gpu_state", dict)
+    listed = gpu_items.ordered("cuda")
+    assert ("supervised_step", "sft, qwen3-0.6b, 2k") in listed
+    (record,) = gpu_items.bench_records("supervised_step", "sft, qwen3-0.6b, 2k", "cpu")
+    assert record["cannot_run"] == "No module named 'rich'"
+    assert [name for name, _ in gpu_items.ordered("cpu")] == [name for name, _ in gpu_items.DRY]
 
 
-def test_training_steps_of_the_session_exist():
-    cases = [label for name, label in gpu_session.FIRST if name == "training_step"]
-    assert cases
-    assert set(cases) <= set(training_step.GPU_CASES)
-    assert gpu_session.DRY_CASE in training_step.CPU_CASES
+def test_the_telling_rows_and_cases_exist():
+    sources = "".join(path.read_text() for path in Path(gpu_items.__file__).parent.glob("*.py"))
+    for name, shape in (*gpu_items.FIRST, *((name, label or "") for name, label in gpu_items.DRY)):
+        if name in gpu_items.PROGRAMS:
+            program = gpu_items._program(name)
+            assert shape in program.GPU_CASES | program.CPU_CASES
+        else:
+            assert f'name="{name}"' in sources
+            assert f'"{shape}' in sources  # shapes of several rows are listed once
+
+
+def test_every_program_gives_records_with_a_case_and_a_time():
+    for name, label in gpu_items.DRY[-1:]:  # the others are slower, and `--dry-run` runs them
+        found = list(gpu_items.bench_records(name, label, "cpu"))
+        assert {record["contender"] for record in found} == {"generate", "fastrl"}
+        assert all(record["row"] == name and record["shape"]["name"] == label for record in found)
+        assert min(record["ms"] for record in found) > 0
 
 
 def test_a_finding_of_any_stage_is_the_session_s(tmp_path, monkeypatch):

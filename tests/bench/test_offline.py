@@ -53,6 +53,21 @@ def test_missing_and_damaged_pieces_are_named(tmp_path: Path, wheels: list[Path]
         unpack(folder, tmp_path / "site")
     with pytest.raises(ValueError, match=r"has no manifest\.json"):
         unpack(tmp_path / "nowhere", tmp_path / "site")
+    for damaged in ("{", "[]", '{"pieces": [{"name": "piece-000"}], "wheels": []}'):
+        (folder / "manifest.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+            unpack(folder, tmp_path / "site")
+
+
+def test_a_session_without_its_wheels_says_so_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench import gpu_session
+
+    monkeypatch.setattr(sys, "argv", ["gpu_session", "--out", str(tmp_path / "out"), "--wheels", str(tmp_path / "no")])
+    with pytest.raises(SystemExit, match="2"):
+        gpu_session.main()
+    assert "no has no manifest.json; make it with" in capsys.readouterr().err
 
 
 def test_a_package_without_a_wheel_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

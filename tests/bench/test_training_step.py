@@ -8,8 +8,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from bench import training_step
-from bench.training_step import CPU_CASES, CPU_CHUNK, Case, measured, replayed, workload
+from bench import this_machine, training_step
+from bench.training_cases import CPU_CASES, Case, random_model, replayed, workload
+from bench.training_step import CPU_CHUNK, measured
 from bench.trl_contender import NAMES
 from fastrl.ops import head
 from fastrl.plan.lengths import Lengths
@@ -18,6 +19,12 @@ from fastrl.train.optimizer import MasterAdamW
 
 TINY = ModelShape(hidden=16, layers=1, heads=2, kv_heads=1, head_dim=8, intermediate=32, vocab=50, tied=True)
 CASE = Case(TINY, 4, 4, Lengths(prompt=3, median=6, longest=20), 0.5, 64)
+
+
+@pytest.fixture(autouse=True)
+def _copies_that_fit_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the machine can do is not tested here, and a gigabyte takes seconds."""
+    monkeypatch.setattr(this_machine, "COPIED", 1 << 20)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # TRL's own name for it
@@ -49,8 +56,9 @@ def test_a_contender_with_another_loss_is_not_timed(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_layers_in_triton_take_the_same_step_and_leave_the_model_as_it_was() -> None:
+    pytest.importorskip("triton")
     tiny = replace(CASE, prompts=2, generations=2)
-    model = training_step.random_model(tiny.shape, tiny.lengths, dtype=torch.float32, device="cpu")
+    model = random_model(tiny.shape, tiny.lengths, dtype=torch.float32, device="cpu")
     kinds = [type(module) for module in model.modules()]
     optimizer = MasterAdamW(model)
     step = training_step.contenders(tiny, model, optimizer, replayed(tiny))["fastrl"]
@@ -73,6 +81,52 @@ def test_layers_in_triton_that_fail_are_left_out_and_said() -> None:
     assert list(steps) == ["fastrl"]
     with pytest.raises(OSError, match="no such chip"):
         training_step.check({"another": failing})
+
+
+def test_what_has_too_little_memory_is_left_out_unless_it_is_the_first() -> None:
+    def failing() -> dict[str, float]:
+        raise torch.OutOfMemoryError("139 GiB are not enough")
+
+    steps = {"fastrl": lambda: {"loss": 1.0, "grad_norm": 1.0}, "eager head": failing}
+    assert training_step.check(steps) == {"eager head": "OutOfMemoryError: 139 GiB are not enough"}
+    assert list(steps) == ["fastrl"]
+    with pytest.raises(torch.OutOfMemoryError):
+        training_step.check({"fastrl": failing})
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_an_adapter_over_either_family_is_trained_by_all_contenders(qk_norm: bool) -> None:
+    pytest.importorskip("peft")
+    case = replace(CASE, shape=replace(TINY, qk_norm=qk_norm, tied=False), lora_r=2)
+    model = random_model(case.shape, case.lengths, dtype=torch.float32, device="cpu", lora_r=2)
+    assert type(model).__name__ == ("Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == workload(case).adapter
+    assert all(p.any() for p in trained)  # with B zero, A's gradient would be zero and nobody's to compare
+    records = [each for each in measured(case, device="cpu", repeats=2) if "not_timed" not in each]
+    assert len(records) == 6 + (len(NAMES) if find_spec("trl") is not None else 0)
+
+
+def test_peak_memory_counts_what_a_step_makes_and_no_view_of_what_was_there() -> None:
+    weight = torch.ones(1024, 1024)  # 4 MiB
+
+    def views() -> dict[str, float]:
+        return {"loss": float((weight.t() @ torch.ones(1024)).sum())}
+
+    def makes() -> dict[str, float]:
+        return {"loss": float((weight * 2).sum())}
+
+    assert training_step.peak_gib(views, "cpu") < 0.1 / 1024
+    assert training_step.peak_gib(makes, "cpu") == pytest.approx(4 / 1024, rel=0.01)
+
+
+def test_turns_end_with_the_time_but_two_are_always_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr(training_step.time, "perf_counter", lambda: float(next(clock)))
+    steps = {"a": dict, "b": dict}  # a turn of two takes four calls of the clock
+    assert len(training_step.timed(steps, 9, "cpu", seconds=0.0)["a"]) == 2
+    assert len(training_step.timed(steps, 9, "cpu")["b"]) == 9
 
 
 def test_a_trl_that_computes_something_else_is_recorded_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

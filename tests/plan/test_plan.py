@@ -125,6 +125,63 @@ def test_checkpointing_and_a_reference_each_cost_a_forward_pass_of_products() ->
     assert products(work(old_passes=1)) - plain == pytest.approx(forward)
 
 
+def test_adapters_over_a_frozen_model_cost_two_thirds_and_six_times_their_own_numbers() -> None:
+    whole = Workload(shape=SMALL, lengths=FLAT, prompts=2, generations=3)
+    step = replace(whole, lora_r=4)
+    # q 8+8, k and v 8+4 each, o 8+8, gate and up 8+16 each, down 16+8
+    assert step.adapter == step.trainable == 4 * 2 * (16 + 12 + 12 + 16 + 24 + 24 + 24)
+    assert (whole.adapter, whole.trainable) == (0, SMALL.parameters)
+    terms, before = ({term.name: term for term in training_terms(each)} for each in (step, whole))
+    for name in ("layers: products", "head: products and loss"):
+        assert terms[name].operations == pytest.approx(before[name].operations * 4 / 6)
+    assert terms["adapters"].operations == pytest.approx(6 * step.adapter * step.fed_tokens)
+    assert before["adapters"].seconds(H200) == before["adapters"].launches == 0
+    assert terms["optimizer"].bytes == pytest.approx(before["optimizer"].bytes * step.adapter / SMALL.parameters)
+    assert useful_operations(step) == pytest.approx(
+        sum(terms[name].operations for name in ("layers: products", "head: products and loss", "adapters"))
+        + terms["layers: attention"].operations * 6 / 7
+    )
+    memory = training_memory(replace(step, has_reference=True), ranks=4)
+    assert memory["weights, gradients"] == 2 * SMALL.parameters + 6 * step.adapter
+    assert memory["optimizer state"] == 12 * step.adapter / 4
+    assert memory["reference"] == 0  # the policy with its adapters off
+    sent = transfers(step, H200, ranks=8, shards_optimizer=False)
+    assert sent[0].bytes == pytest.approx(2 * 7 / 8 * 4 * step.adapter)
+    assert sent[-1].bytes == 2 * step.adapter
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_adapters_have_the_numbers_and_move_the_bytes_that_were_counted(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    from bench import layer_traffic
+    from fastrl.train.lora import add_lora, is_of_adapter
+
+    monkeypatch.undo()
+    sizes = (128, 256, 4, 2)
+
+    def adapted(*arguments: int) -> object:
+        model = getattr(layer_traffic, family)(*arguments)
+        add_lora(model, r=8, alpha=16, seed=0)
+        return model
+
+    shape = ModelShape(hidden=128, layers=3, heads=4, kv_heads=2, head_dim=32, intermediate=256, vocab=64)
+    step = work(shape=shape, lora_r=8)
+    model = adapted(*sizes, 3)
+    numbers = [p.numel() for name, p in model.named_parameters() if is_of_adapter(name)]  # type: ignore[attr-defined]
+    assert step.adapter == sum(numbers)
+    plain = layer_traffic._of_a_layer(getattr(layer_traffic, family), sizes, torch.bfloat16, "transformers")
+    found = layer_traffic._of_a_layer(adapted, sizes, torch.bfloat16, "transformers")  # type: ignore[arg-type]
+    counted = found.forward + found.backward - plain.forward - plain.backward
+    # Products are not counted: three of an input's and of an output's here are those as thin as the rank. What a frozen
+    # norm saves (the gradient of its weight, 16 bytes a column; 8 of queries and keys) is not in the model.
+    inputs, outputs = shape.layer_widths
+    norms = 16 * 128 + (8 * (4 + 2) * 32 if family == "qwen3" else 0)
+    assert counted + norms == pytest.approx(cost.adapter_bytes(step, 2) / 3 - 2 * 3 * (inputs + outputs), rel=1e-3)
+    assert found.launches - plain.launches == pytest.approx(cost.ADAPTER_LAUNCHES, rel=0.15)
+
+
 def test_the_constants_are_those_of_the_code() -> None:
     assert cost.CHUNK_BYTES == head.CUDA_CHUNK_BYTES
     assert workload.LEAST_SAVED == prefixes.LEAST_SAVED
@@ -251,6 +308,9 @@ def test_the_command_prints_a_plan_and_json(capsys: pytest.CaptureFixture[str]) 
     printed = capsys.readouterr().out
     assert "calculated, not measured" in printed
     assert "largest packing.token_budget" in printed
+    assert "139: fits" in printed
+    assert run(["--model", "qwen3-0.6b", "--micro_tokens", "131072"]) == 0
+    assert "DOES NOT FIT: take --micro_tokens 63488" in capsys.readouterr().out
     assert run(["--model", "qwen3-0.6b", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert found == plan(work(), H200, ranks=1)
@@ -261,7 +321,10 @@ def test_the_command_prints_a_plan_and_json(capsys: pytest.CaptureFixture[str]) 
     [
         (["--model", "gpt-5"], "neither a directory"),
         (["--model", "qwen3-8b", "--gpu", "tpu"], "no machine is called 'tpu'"),
-        (["--model", "llama-3-70b"], "GiB are needed"),
+        (["--model", "llama-3-70b"], "GiB are needed.*: take --checkpointing, --lora_r 32, more --gpus or a smaller"),
+        (["--model", "llama-3-70b", "--lora_r", "64", "--checkpointing"], "GiB are needed.*: take a smaller model"),
+        (["--model", "llama-3-70b", "--lora_r", "8", "--checkpointing"], "sequence.*: take a shorter --context"),
+        (["--model", "qwen3-8b", "--lora_r", "-1"], "--lora_r must be at least 0"),
         (["--model", "qwen3-8b", "--context", "100"], "leaves no room"),
         (["--model", "qwen3-8b", "--without_signal", "1"], "must be in"),
         (["--model", "qwen3-8b", "--prompts", "0"], "at least 1"),
