@@ -79,7 +79,7 @@ bench: install
 	$(BIN)/python -m bench
 
 # The records behind the CPU tables of README and docs, and the tables: under five minutes of one idle core. The sides
-# of packages that are not installed are recorded as absent (docs/benchmarks.md, "The others").
+# of packages that are not installed are recorded as absent.
 bench-cpu: install
 	$(THREADS) $(BIN)/python -m bench --device cpu --quick
 	$(THREADS) $(BIN)/python -m bench.training_step --quick
