@@ -45,6 +45,7 @@ PACKAGES = (
     "pytz",
     "tzdata",
     "six",
+    "psutil",
 )
 
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from bench.__main__ import ROOT, provenance
 from bench.records import put
 from bench.training_cases import SMALL, plain_model, random_model
-from bench.training_step import AGREE, check, peak_gib, timed
+from bench.training_step import AGREE, added, check, peak_gib, timed
 from bench.trl_contender import any_tokenizer
 from fastrl.plan.lengths import Lengths
 from fastrl.plan.shape import SHAPES, ModelShape
@@ -122,9 +122,9 @@ def measured(case: Case, *, device: str, repeats: int, seconds: float = float("i
             "no packing": partial(ours, is_packed=False),
             "neither": partial(ours, is_packed=False, kernels=EAGER),
         }
-    steps |= _trl_steps(case, rows, partial(plain_model, **make))
-    absent = {} if "TRL" in steps else {"TRL": "trl is not installed"}
-    reasons = {**check(steps, AGREE[dtype]), **absent}
+    peers, reasons = added(lambda: _trl_steps(case, rows, partial(plain_model, **make)))
+    steps |= peers
+    reasons |= check(steps, AGREE[dtype])
     times = timed(steps, repeats, device, seconds)
     tokens = sum(len(row.ids) for row in rows)
     for name, samples in times.items():

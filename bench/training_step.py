@@ -63,6 +63,7 @@ from fastrl.train.prepare import StepSequences, prepare, step_sequences
 from fastrl.train.update import policy_batch_loss, update
 from fastrl.types import TokenBatch
 
+Steps = dict[str, Callable[[], dict[str, float]]]
 DEFAULT = KernelsBlock()
 CPU_CHUNK = 2 << 20  # fastrl.ops.head's, for float32 logits of a chunk on a CPU
 # Relative, of loss and gradient norm. A peer's norm of bfloat16 gradients is a bfloat16 number, which is 2e-3 away at
@@ -107,11 +108,11 @@ def measured(case: Case, *, device: str, repeats: int, seconds: float = float("i
     optimizer = MasterAdamW(model)
     replay = replayed(case)
     steps = contenders(case, model, optimizer, replay)
-    steps |= trl_steps(case, replay, partial(plain_model, **sized))
+    peers, reasons = added(lambda: trl_steps(case, replay, partial(plain_model, **sized)))
+    steps |= peers
     if device == "cuda":
         steps[TRITON] = partial(_in_triton, model, steps["fastrl"])
-    absent = {} if "TRL" in steps else {"TRL": "trl is not installed"}
-    reasons = {**check(steps, AGREE[dtype]), **absent}
+    reasons |= check(steps, AGREE[dtype])
     times = timed(steps, repeats, device, seconds)
     work = workload(case)
     machine = _machine(case, dtype, device)
@@ -141,7 +142,16 @@ def measured(case: Case, *, device: str, repeats: int, seconds: float = float("i
     yield from ({"contender": name, "not_timed": reason} for name, reason in reasons.items())
 
 
-def check(steps: dict[str, Callable[[], dict[str, float]]], allowed: float) -> dict[str, str]:
+def added(make: Callable[[], Steps]) -> tuple[Steps, dict[str, str]]:
+    """TRL's contenders as `make` gives them, and the reason where it gives none: the others are measured without."""
+    try:
+        found = make()
+    except Exception as failure:  # an import inside TRL may raise anything
+        return {}, {"TRL": f"{type(failure).__name__}: {failure}"}
+    return found, {} if found else {"TRL": "trl is not installed"}
+
+
+def check(steps: Steps, allowed: float) -> dict[str, str]:
     """Run every contender once; those that fail or compute something else than the first leave `steps`.
 
     Args:
@@ -180,9 +190,7 @@ def _in_triton(model: PreTrainedModel, step: Callable[[], dict[str, float]]) -> 
             module.__class__ = kind
 
 
-def contenders(
-    case: Case, model: PreTrainedModel, optimizer: MasterAdamW, replay: Replay
-) -> dict[str, Callable[[], dict[str, float]]]:
+def contenders(case: Case, model: PreTrainedModel, optimizer: MasterAdamW, replay: Replay) -> Steps:
     """Name -> one optimizer step from the rollouts; returns its metrics."""
     longest = case.lengths.prompt + case.lengths.longest
     one = partial(_step, case, model, optimizer, replay)
@@ -271,9 +279,7 @@ def _machine(case: Case, dtype: torch.dtype, device: str) -> Machine:
     )
 
 
-def timed(
-    steps: dict[str, Callable[[], dict[str, float]]], repeats: int, device: str, seconds: float = float("inf")
-) -> dict[str, list[float]]:
+def timed(steps: Steps, repeats: int, device: str, seconds: float = float("inf")) -> dict[str, list[float]]:
     """Milliseconds of each contender, every one first in turn; `seconds` as in `measured`."""
     samples: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)

@@ -156,6 +156,16 @@ def test_a_trl_that_computes_something_else_is_recorded_and_not_timed(monkeypatc
     assert "not timed: RuntimeError: TRL has loss" in training_step._line(records["TRL"])
 
 
+def test_a_trl_that_cannot_be_imported_is_recorded_and_the_others_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("Failed to import trl: No module named 'psutil'")
+
+    monkeypatch.setattr(training_step, "trl_steps", broken)
+    records = {record["contender"]: record for record in measured(CASE, device="cpu", repeats=2)}
+    assert records["TRL"]["not_timed"] == "RuntimeError: Failed to import trl: No module named 'psutil'"
+    assert records["none of these"]["ms"] > 0
+
+
 def test_an_absent_trl_is_recorded_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_step, "trl_steps", lambda *_: {})
     records = list(measured(CASE, device="cpu", repeats=2))
