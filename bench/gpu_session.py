@@ -57,7 +57,9 @@ def main() -> int:
         return 0
     started = time.monotonic()
     try:
-        site = unpack(options.wheels, options.out.parent / "contenders") if options.wheels else None
+        # dill pickles the contents of packages that are not in a folder of this name, and fails on pyarrow's.
+        folder = options.out.parent / "contenders" / "site-packages"
+        site = unpack(options.wheels, folder) if options.wheels else None
     except ValueError as error:
         parser.error(f"--wheels: {error}")
     seconds = 60 * options.minutes - (time.monotonic() - started)

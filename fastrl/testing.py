@@ -146,6 +146,7 @@ class MemoryMeter(TorchDispatchMode):
         self.peak_bytes = 0
         self._outside = {x.untyped_storage().data_ptr() for x in inputs}
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._at_most = 0  # bytes of `_alive`, of which some may be gone
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -162,9 +163,13 @@ class MemoryMeter(TorchDispatchMode):
             return
         # An expanded tensor has more elements than memory; what it holds is its storage.
         self.largest_numel = max(self.largest_numel, storage.nbytes() // tensor.element_size())
-        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        # A storage that is gone may have left its address to this one.
+        self._at_most += storage.nbytes() - self._alive.get(storage._cdata, (None, 0))[1]
         self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self._alive.values()))
+        if self._at_most > self.peak_bytes:  # only then is it worth asking each whether it is still there
+            self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+            self._at_most = sum(size for _, size in self._alive.values())
+            self.peak_bytes = max(self.peak_bytes, self._at_most)
 
 
 def gemm_flops(run: Callable[[], object]) -> int:
