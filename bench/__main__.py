@@ -20,7 +20,7 @@ from bench.registry import Row, Shape, all_rows
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PACKAGES = ("torch", "triton", "fastrl", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "verl")
-SECONDS = {True: 4.0, False: 60.0}  # for the contenders of a shape together: quick or not
+SECONDS = {True: 3.0, False: 60.0}  # for the contenders of a shape together: quick or not
 SEED = 0  # of every row's inputs
 COLUMNS = ("median", "p10", "p90", "cold", "peak MiB", "TFLOP/s", "x floor", "error")
 HEADER = " " * 28 + "".join(f"{name:>10}" for name in COLUMNS)
