@@ -99,7 +99,6 @@ def training_terms(work: Workload, layer: LayerCost = BFLOAT16, *, chunk_bytes: 
             2.0 * (3 + again) * work.adapter * work.fed_tokens,
             (1 + forward_again) * adapter_bytes(work, layer.element) * work.fed_tokens,
             int(ADAPTER_LAUNCHES * shape.layers * micro * (1 + forward_again)) * int(work.lora_r > 0),
-            is_layers=True,
         ),
         Term("gradients: sum", 0.0, float(ACCUMULATE_BYTES[layer.element]) * micro * work.trainable),
         Term("optimizer", 0.0, float(ADAM_BYTES[layer.element]) * work.trainable, 8),
