@@ -165,8 +165,8 @@ def _linear_logprob(
     check_target(target, valid_vocab or vocabulary)
     check_map(temperature, softcap, logit_scale)
     check_chunk_rows(chunk_rows)
-    if cache_gib is not None and not 0 <= cache_gib < math.inf:
-        raise ValueError(f"cache_gib must be finite and not negative, got {cache_gib}")
+    if cache_gib is not None and not (isinstance(cache_gib, int | float) and 0 <= cache_gib < math.inf):
+        raise ValueError(f"cache_gib must be a number of GiB, finite and not negative, got {cache_gib!r}")
     if observe is not None and (process_group is not None or batch_invariant):
         raise ValueError("observe sees logits, which process_group cuts and batch_invariant never makes: leave it out")
     if batch_invariant and lora is not None:
