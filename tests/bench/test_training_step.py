@@ -67,10 +67,12 @@ def test_contenders_agree_to_the_precision_of_their_numbers(
     assert (training_step.check(steps, allowed) != {}) == leaves == ("other" not in steps)
 
 
-def test_the_layers_in_triton_take_the_same_step_and_leave_the_model_as_it_was() -> None:
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_the_layers_in_triton_take_the_same_step_and_leave_the_model_as_it_was(lora_r: int) -> None:
     pytest.importorskip("triton")
-    tiny = replace(CASE, prompts=2, generations=2)
-    model = random_model(tiny.shape, tiny.lengths, dtype=torch.float32, device="cpu")
+    pytest.importorskip("peft")
+    tiny = replace(CASE, prompts=2, generations=2, lora_r=lora_r)
+    model = random_model(tiny.shape, tiny.lengths, dtype=torch.float32, device="cpu", lora_r=lora_r)
     kinds = [type(module) for module in model.modules()]
     optimizer = MasterAdamW(model)
     step = training_step.contenders(tiny, model, optimizer, replayed(tiny))["fastrl"]
