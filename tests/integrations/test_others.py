@@ -45,3 +45,18 @@ def test_they_give_the_log_probabilities_and_entropies_of_the_logits(monkeypatch
     torch.testing.assert_close(
         slime.compute_log_probs(logits[0], labels[0], None), at_1[0].gather(-1, labels[0][:, None])
     )
+
+
+def test_a_group_of_several_ranks_is_refused_for_its_logits_are_a_part_of_the_vocabulary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, slime, areal = (host_after(block, monkeypatch) for block in LINES)
+    logits, labels, group = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64), object()
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda given: 2 if given is group else 1)
+    with pytest.raises(ValueError, match="process_group has 2 ranks"):
+        slime.compute_log_probs(logits, labels, group)
+    with pytest.raises(ValueError, match="tp_group has 2 ranks"):
+        areal.gather_logprobs_entropy(logits, labels, tp_group=group)
+    alone = object()
+    assert slime.compute_log_probs(logits, labels, alone).shape == (4, 1)
+    assert areal.gather_logprobs_entropy(logits[None], labels[None], tp_group=alone)[1].shape == (1, 4)
