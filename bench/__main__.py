@@ -61,20 +61,23 @@ def measured(row: Row, shape: Shape, *, dtype: torch.dtype, device: str, quick: 
     useful = None if row.flops is None else row.flops(*shape)
     least = None if row.bytes is None else row.bytes(*shape, dtype.itemsize)
     floor = timed.pop(FLOOR, None)
+    floor = None if isinstance(floor, str) else floor
     for name, found in errors.items():
         record: dict[str, Any] = {"contender": name, "dtype": dtype_name}
         if isinstance(found, str):
             yield {**record, "cannot_run": found}
         elif name not in timed:
             yield {**record, "max_error": found, "disagrees": True}
+        elif isinstance(timing := timed[name], str):
+            yield {**record, "max_error": found, "cannot_run": timing}
         else:
-            ms = timed[name].ms
+            ms = timing.ms
             rates = {
                 "useful_tflops": None if useful is None else useful / ms / 1e9,
                 "useful_gb_per_s": None if least is None else least / ms / 1e6,
                 "floor_ratio": None if floor is None else ms / floor.ms,
             }
-            yield {**record, "max_error": found, **rates, **asdict(timed[name])}
+            yield {**record, "max_error": found, **rates, **asdict(timing)}
 
 
 def provenance(device: str, *, quick: bool) -> dict[str, Any]:

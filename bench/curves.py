@@ -111,13 +111,18 @@ def _ranks(n: int) -> dict[str, Point]:
         )
         for i in range(n)
     ]
+    end = time.monotonic() + RANKS_SECONDS
+    codes: list[int | None] = [None] * n
     try:
-        said = [process.communicate(timeout=RANKS_SECONDS)[0] for process in processes]
+        while None in codes and not any(codes) and time.monotonic() < end:
+            time.sleep(0.1)
+            codes = [each.poll() for each in processes]
     finally:
         for process in processes:
             process.kill()
-    if any(process.returncode for process in processes):
-        raise RuntimeError(f"a rank of {n} failed:\n" + "\n".join(said))
+    said = [process.communicate()[0] for process in processes]
+    if codes != [0] * n:
+        raise RuntimeError(f"ranks ended with {codes} (None: it was still at work) and said:\n" + "\n".join(said))
     ms, mib = json.loads(said[0].splitlines()[-1])
     return {"fastrl": (ms, mib)}
 

@@ -51,19 +51,25 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     from bench.offline import unpack
 
-    options.out.mkdir(parents=True, exist_ok=True)
+    out = options.out.resolve()  # children work in the repository's folder
     if options.child:
-        child(options.child, options.skip, options.out, dry=options.dry_run)
+        child(options.child, options.skip, out, dry=options.dry_run)
         return 0
+    if not 0 < options.minutes < 24 * 60:
+        parser.error(f"--minutes must be above 0 and less than a day, got {options.minutes:g}")
+    if out.is_file() or any((out / f"{stage}.jsonl").exists() for stage in SHARES):
+        parser.error(f"--out {out} has results already or is a file; name a new folder, so that nothing is lost")
+    out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that children are ended, too
     started = time.monotonic()
     try:
         # dill pickles the contents of packages that are not in a folder of this name, and fails on pyarrow's.
-        folder = options.out.parent / "contenders" / "site-packages"
+        folder = out.parent / "contenders" / "site-packages"
         site = unpack(options.wheels, folder) if options.wheels else None
     except ValueError as error:
         parser.error(f"--wheels: {error}")
     seconds = 60 * options.minutes - (time.monotonic() - started)
-    return session(options.out, seconds, dry=options.dry_run, site=site)
+    return session(out, seconds, dry=options.dry_run, site=site)
 
 
 def session(out: Path, seconds: float, *, dry: bool, site: Path | None = None) -> int:
@@ -107,7 +113,10 @@ def tests(_: str, out: Path, end: float, log: Any, environment: dict[str, str], 
     elif find_spec("xdist") is not None:
         command += ["-n", "4"]
     process = _start(command, environment, log)
-    code = _wait(process, end)
+    try:
+        code = _wait(process, end)
+    finally:
+        _kill(process)
     return {"ok": code == 0, "code": code}
 
 
@@ -118,7 +127,10 @@ def items(stage: str, out: Path, end: float, log: Any, environment: dict[str, st
     while not finished and time.monotonic() < end:
         command = [sys.executable, str(Path(__file__).resolve()), "--child", stage, "--skip", str(skip)]
         process = _start([*command, "--out", str(out), *(["--dry-run"] if dry else [])], environment, log)
-        code = _watch(process, (path, out / "log.txt"), end)
+        try:
+            code = _watch(process, (path, out / "log.txt"), end)
+        finally:
+            _kill(process)
         begun = [record["item_number"] for record in _records(path) if "item_number" in record]
         finished = code == 0
         # Without a new item the child cannot even start: three such and the stage is given up.

@@ -55,8 +55,8 @@ def disagreements(row: Row, shape: Shape, *, dtype: torch.dtype, device: str) ->
     for name, contender in row.contenders.items():
         try:
             got = value_and_grads(contender, *inputs, differentiable=row.differentiable)
-        except RuntimeError as reason:
-            errors[name] = str(reason).strip().splitlines()[0]
+        except Exception as reason:  # other packages' functions raise what they like
+            errors[name] = _sentence(reason)
         else:
             errors[name] = relative_error(got, truth)
     return errors
@@ -82,22 +82,28 @@ def step(
 
 def timings(
     row: Row, names: Sequence[str], inputs: Sequence[Any], *, device: str, repeats: int, seconds: float
-) -> dict[str, Timing]:
+) -> dict[str, Timing | str]:
     """Time the named contenders `repeats` times in turn, fewer when all together would take longer than `seconds`.
 
     Returns:
-        Timings by name, with the row's floor, where it has one, under `FLOOR`.
+        Timings by name, with the row's floor, where it has one, under `FLOOR`; a sentence for what has too little
+        memory at the full size.
     """
     calls = {name: step(row.contenders[name], inputs, row.differentiable) for name in names}
     if row.floor is not None:
         calls[FLOOR] = step(row.floor, inputs, ())
-    names = list(calls)
-    cold = {name: _milliseconds(call, device) for name, call in calls.items()}
-    for call in calls.values():
-        for _ in range(UNTIMED_CALLS[device]):
-            call()
+    failed: dict[str, Timing | str] = {}
+    cold: dict[str, float] = {}
+    for name, call in calls.items():
+        try:
+            cold[name] = _milliseconds(call, device)
+            for _ in range(UNTIMED_CALLS[device]):
+                call()
+        except torch.OutOfMemoryError as reason:
+            failed[name] = _sentence(reason)
+    names = [name for name in calls if name not in failed]
     flushed = torch.empty(L2_BYTES if device == "cuda" else 0, dtype=torch.int8, device=device)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[float]] = {name: [] for name in names}
     stop = time.perf_counter() + seconds
     for repeat in range(repeats):
         # Every contender goes first in turn: what runs before leaves the clock, the cache and the heap as it likes.
@@ -106,7 +112,13 @@ def timings(
             samples[name].append(_milliseconds(calls[name], device))
         if repeat >= 2 and time.perf_counter() > stop:
             break
-    return {name: _timing(samples[name], cold[name], _peak(row, name, calls[name], device, inputs)) for name in names}
+    return failed | {
+        name: _timing(samples[name], cold[name], _peak(row, name, calls[name], device, inputs)) for name in names
+    }
+
+
+def _sentence(reason: Exception) -> str:
+    return (str(reason).strip().splitlines() or [type(reason).__name__])[0]
 
 
 def _milliseconds(call: Callable[[], None], device: str) -> float:

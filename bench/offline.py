@@ -137,6 +137,8 @@ def unpack(folder: Path, site: Path) -> Path:
         wheels = [str(name) for name in content["wheels"]]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{manifest} is damaged; copy it again") from None
+    if site.exists() and not site.is_dir():
+        raise ValueError(f"{site} is a file; name a folder for the packages")
     site.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile() as whole:
         for name, digest in pieces:
@@ -148,10 +150,13 @@ def unpack(folder: Path, site: Path) -> Path:
                 raise ValueError(f"{path} is damaged; copy it again")
             whole.write(part)
         whole.seek(0)
-        with zipfile.ZipFile(whole) as archive:
-            for name in wheels:
-                with archive.open(name) as stored, zipfile.ZipFile(stored) as wheel:
-                    wheel.extractall(site)
+        try:
+            with zipfile.ZipFile(whole) as archive:
+                for name in wheels:
+                    with archive.open(name) as stored, zipfile.ZipFile(stored) as wheel:
+                        wheel.extractall(site)
+        except (zipfile.BadZipFile, KeyError):  # each piece is whole: the list of them is not
+            raise ValueError(f"{manifest} is damaged; copy it again") from None
     return site
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ Record = dict[str, Any]
 def write(path: Path, records: Sequence[Record]) -> None:
     """Replace `path` by the records."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text("".join(json.dumps(record) + "\n" for record in records))
     part.replace(path)
 
 
 def put(path: Path, records: Sequence[Record]) -> None:
-    """Write the records in the place of those that the file has of the same row, case and number of threads.
+    """Write the records in the place of those that the file has of the same row, case, precision and threads.
 
     Records of other cases stay as they are, so that a program that measures one case loses nothing.
     """
@@ -32,11 +33,18 @@ def put(path: Path, records: Sequence[Record]) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a file; none when it is not there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The records of a file; none when it is not there.
+
+    Raises:
+        ValueError: a line that is no record.
+    """
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); move it away and measure again") from None
 
 
 def case(record: Record) -> tuple[Any, ...]:
     """What was measured together: records of one case stand against each other."""
     name = record["axis"] if "axis" in record else record["shape"]["name"]
-    return record["row"], name, record.get("threads")
+    return record["row"], name, record.get("dtype"), record.get("threads")

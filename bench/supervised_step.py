@@ -125,7 +125,7 @@ def measured(case: Case, *, device: str, repeats: int, seconds: float = float("i
     peers, reasons = added(lambda: _trl_steps(case, rows, partial(plain_model, **make)))
     steps |= peers
     reasons |= check(steps, AGREE[dtype])
-    times = timed(steps, repeats, device, seconds)
+    times = timed(steps, repeats, device, seconds, reasons)
     tokens = sum(len(row.ids) for row in rows)
     for name, samples in times.items():
         deciles = statistics.quantiles(samples, n=10, method="inclusive")
@@ -139,7 +139,8 @@ def measured(case: Case, *, device: str, repeats: int, seconds: float = float("i
             "tokens_per_second": 1e3 * tokens / statistics.median(samples),
             "peak_gib": peak_gib(steps[name], device),
         }
-    yield from ({"contender": name, "not_timed": reason} for name, reason in reasons.items())
+    dtype_name = str(dtype).removeprefix("torch.")
+    yield from ({"contender": name, "dtype": dtype_name, "not_timed": reason} for name, reason in reasons.items())
 
 
 def examples(case: Case) -> list[Example]:

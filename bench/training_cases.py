@@ -56,7 +56,7 @@ GPU_CASES = {
     "qwen3-0.6b, 16k tokens": _gpu("qwen3-0.6b", 2048, 3),
     "qwen3-0.6b, 2k": _gpu("qwen3-0.6b", 2048, 16),
     "qwen3-1.7b, 2k": _gpu("qwen3-1.7b", 2048, 16),
-    "qwen3-4b, 2k": _gpu("qwen3-4b", 2048, 8, micro_tokens=8192),
+    "qwen3-4b, 2k": _gpu("qwen3-4b", 2048, 8, micro_tokens=4096),
     # All weights and their optimizer's state would be 135 GiB, more than one processor has.
     "llama-3-8b, 2k, LoRA": _gpu("llama-3-8b", 2048, 8, micro_tokens=8192, lora_r=32),
     "qwen3-0.6b, 8k, G=16": _gpu("qwen3-0.6b", 8192, 8, 16),

@@ -69,6 +69,7 @@ CPU_CHUNK = 2 << 20  # fastrl.ops.head's, for float32 logits of a chunk on a CPU
 # Relative, of loss and gradient norm. A peer's norm of bfloat16 gradients is a bfloat16 number, which is 2e-3 away at
 # worst, and gradients of bfloat16 logits are another 1e-3 away from those of float32 logits.
 AGREE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
+GRADIENT_BYTES = 4  # of a parameter, in float32
 TRITON = "triton layers"
 AGREE_TRITON = 2e-2  # they round once where transformers' layers round two or three times
 
@@ -113,7 +114,7 @@ def measured(case: Case, *, device: str, repeats: int, seconds: float = float("i
     if device == "cuda":
         steps[TRITON] = partial(_in_triton, model, steps["fastrl"])
     reasons |= check(steps, AGREE[dtype])
-    times = timed(steps, repeats, device, seconds)
+    times = timed(steps, repeats, device, seconds, reasons)
     work = workload(case)
     machine = _machine(case, dtype, device)
     layer = BFLOAT16 if dtype == torch.bfloat16 else NATIVE_FLOAT32
@@ -121,8 +122,10 @@ def measured(case: Case, *, device: str, repeats: int, seconds: float = float("i
     predicted = {}
     for name, each in (("fastrl", layer), (TRITON, TRITON_BFLOAT16)):
         ms = 1e3 * step_seconds(training_terms(work, each, chunk_bytes=chunk), machine)
-        activations = training_memory(work, each, chunk_bytes=chunk)["activations"]
-        predicted[name] = {"predicted_ms": ms, "predicted_gib": activations / 2**30}
+        memory = training_memory(work, each, chunk_bytes=chunk)
+        # What a step makes: activations, the head's chunks, and gradients, which the plan counts with the weights.
+        made = memory["activations"] + memory["head"] + float(GRADIENT_BYTES) * work.trainable
+        predicted[name] = {"predicted_ms": ms, "predicted_gib": made / 2**30}
     tokens = sum(len(each.prompt_ids) + len(each.completion_ids) for each in replay.rollouts)
     for name, samples in times.items():
         deciles = statistics.quantiles(samples, n=10, method="inclusive")
@@ -139,7 +142,8 @@ def measured(case: Case, *, device: str, repeats: int, seconds: float = float("i
             "peak_gib": peak_gib(steps[name], device),
             **predicted.get(name, {}),
         }
-    yield from ({"contender": name, "not_timed": reason} for name, reason in reasons.items())
+    dtype_name = str(dtype).removeprefix("torch.")
+    yield from ({"contender": name, "dtype": dtype_name, "not_timed": reason} for name, reason in reasons.items())
 
 
 def added(make: Callable[[], Steps]) -> tuple[Steps, dict[str, str]]:
@@ -279,20 +283,32 @@ def _machine(case: Case, dtype: torch.dtype, device: str) -> Machine:
     )
 
 
-def timed(steps: Steps, repeats: int, device: str, seconds: float = float("inf")) -> dict[str, list[float]]:
-    """Milliseconds of each contender, every one first in turn; `seconds` as in `measured`."""
+def timed(steps: Steps, repeats: int, device: str, seconds: float, reasons: dict[str, str]) -> dict[str, list[float]]:
+    """Milliseconds of each contender, every one first in turn.
+
+    Args:
+        seconds: as in `measured`.
+        reasons: gets those that run out of memory in their turn; they are no longer timed, the others are.
+    """
     samples: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
     end = time.perf_counter() + seconds
     for repeat in range(repeats):
         if repeat >= 2 and time.perf_counter() > end:
             break
         print(f"  turn {repeat + 1} of {repeats}", file=sys.stderr, flush=True)
+        names = list(samples)
         for name in (*names[repeat % len(names) :], *names[: repeat % len(names)]):
             if device == "cuda":
                 torch.cuda.synchronize()
             started = time.perf_counter()
-            steps[name]()  # its metrics come to the host, which waits for the device
+            try:
+                steps[name]()  # its metrics come to the host, which waits for the device
+            except torch.OutOfMemoryError as failure:
+                if name == next(iter(steps)):
+                    raise
+                reasons[name] = f"{type(failure).__name__}: {failure}"
+                del samples[name]
+                continue
             samples[name].append(1e3 * (time.perf_counter() - started))
     return samples
 

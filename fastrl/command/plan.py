@@ -19,6 +19,9 @@ from fastrl.plan.rollout import most_sequences, rollout_seconds
 from fastrl.plan.shape import SHAPES, shape_of
 from fastrl.plan.workload import Workload
 
+MOST_COMPLETIONS = 1_000_000  # each is played through
+MOST_LORA = 32  # the rank that is advised where all weights do not fit
+
 
 def run(arguments: Sequence[str]) -> int:
     """Print the plan that the arguments ask for.
@@ -56,12 +59,10 @@ def plan(work: Workload, machine: Machine, *, ranks: int, layer: LayerCost = BFL
     memory = training_memory(work, layer, ranks=ranks)
     largest = largest_micro_batch(work, machine.memory, layer, ranks=ranks)
     if largest == 0:
-        remedies = [] if work.checkpointing else ["--checkpointing"]
-        remedies += [] if work.lora_r else ["--lora_r 32", "more --gpus"]  # which share out the optimizer's state
         short = sum(training_memory(replace(work, micro_tokens=1024), layer, ranks=ranks).values()) / GIB
         raise ValueError(
-            f"{short:.0f} GiB are needed with 1,024 tokens and {machine.name} has {machine.memory / GIB:.0f}: "
-            f"take {' or '.join(filter(None, [', '.join(remedies), 'a smaller model']))}"
+            f"{short:.0f} GiB are needed on {'one GPU' if ranks == 1 else f'each of {ranks} GPUs'} with 1,024 tokens "
+            f"and {machine.name} has {machine.memory / GIB:.0f}: take {_remedies(work, machine, layer, ranks)}"
         )
     occupied = memory["weights, gradients"] + memory["optimizer state"] + memory["reference"]
     together = min(work.completions, most_sequences(work, machine, occupied=occupied))
@@ -83,20 +84,50 @@ def plan(work: Workload, machine: Machine, *, ranks: int, layer: LayerCost = BFL
         "tokens_per_second": work.sampled_tokens * ranks / total,
         "memory_gib": {name: size / GIB for name, size in memory.items()},
         "peak_gib": sum(memory.values()) / GIB,
+        "fits": sum(memory.values()) <= machine.memory,
         "largest_micro_batch": largest,
     }
+
+
+def _remedies(work: Workload, machine: Machine, layer: LayerCost, ranks: int) -> str:
+    """What would make it fit, of the command's own options."""
+    thinner = replace(work, lora_r=min(work.lora_r or MOST_LORA, MOST_LORA))
+    saving = replace(work, checkpointing=True)
+    both = replace(thinner, checkpointing=True)
+    lora = f"--lora_r {MOST_LORA}"
+    larger = sorted((other.memory, name) for name, other in MACHINES.items() if other.memory > machine.memory)
+    # Of each kind the first that helps.
+    kinds: list[list[tuple[str, Workload, float, int]]] = [
+        [("--checkpointing", saving, machine.memory, ranks)],
+        [(lora, thinner, machine.memory, ranks), (f"--checkpointing with {lora}", both, machine.memory, ranks)],
+        [(f"--gpus {n}", work, machine.memory, n) for n in (2, 4, 8, 64) if n > ranks],
+        [(f"--gpu {name}", work, memory, ranks) for memory, name in larger],
+    ]
+    found = [
+        next((name for name, asked, memory, n in kind if largest_micro_batch(asked, memory, layer, ranks=n)), None)
+        for kind in kinds
+    ]
+    return " or ".join([*filter(None, found), "a smaller model"])
 
 
 def _workload(options: argparse.Namespace) -> Workload:
     for name in ("prompts", "generations", "prompt_tokens", "median", "context", "micro_tokens"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if options.prompts * options.generations > MOST_COMPLETIONS:
+        raise ValueError(
+            f"--prompts {options.prompts} times --generations {options.generations} are one GPU's step; "
+            f"plan at most {MOST_COMPLETIONS:,}"
+        )
     if not 0 <= options.without_signal < 1:
         raise ValueError(f"--without_signal must be in [0, 1), got {options.without_signal}")
     if options.lora_r < 0:
         raise ValueError(f"--lora_r must be at least 0 (0 trains all weights), got {options.lora_r}")
     if options.prompt_tokens >= options.context:
-        raise ValueError(f"--context {options.context} leaves no room after --prompt_tokens {options.prompt_tokens}")
+        raise ValueError(
+            f"--context {options.context} leaves no room after --prompt_tokens {options.prompt_tokens}: take a longer "
+            "context or fewer prompt tokens"
+        )
     if min(options.gpus) < 1:
         raise ValueError(f"--gpus must be at least 1, got {min(options.gpus)}")
     return Workload(
@@ -155,8 +186,7 @@ def _text(plans: Sequence[dict[str, Any]], machine: Machine) -> str:
     together = f"{first['sequences_together']} sequences at once"
     lines += [f"  {'rollout (vLLM, same GPUs)':52}{first['rollout_ms']:10.1f} ms   {together}", ""]
     lines += [f"  {name:52}{gib:10.2f} GiB" for name, gib in first["memory_gib"].items() if gib]
-    fits = first["peak_gib"] <= machine.memory / GIB
-    verdict = "fits" if fits else f"DOES NOT FIT: take --micro_tokens {first['largest_micro_batch']}"
+    verdict = "fits" if first["fits"] else f"DOES NOT FIT: take --micro_tokens {first['largest_micro_batch']}"
     lines.append(f"  {'training peak':52}{first['peak_gib']:10.2f} GiB  of {machine.memory / GIB:.0f}: {verdict}")
     lines += [f"  {'largest packing.token_budget that fits':52}{first['largest_micro_batch']:10,}", ""]
     lines.append(f"  {'GPUs':>6}{'step s':>10}{'tokens/s':>14}{'sent by each GPU':>20}{'of the step':>14}")

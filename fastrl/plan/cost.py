@@ -108,20 +108,26 @@ def training_terms(work: Workload, layer: LayerCost = BFLOAT16, *, chunk_bytes: 
         bytes_ = (
             FORWARD_SHARE * layer.traffic(shape) * shape.layers * work.fed_tokens + 4.0 * work.head_rows * shape.vocab
         )
+        products += 2.0 * work.adapter * work.fed_tokens * work.old_passes  # the reference has none
+        bytes_ = (
+            bytes_ * extra + adapter_bytes(work, layer.element, is_forward=True) * work.fed_tokens * work.old_passes
+        )
         name = "log-probabilities of reference and sampling policy"
-        terms.append(Term(name, products, bytes_ * extra, int(kernels * FORWARD_SHARE) * extra))
+        terms.append(Term(name, products, bytes_, int(kernels * FORWARD_SHARE) * extra))
         terms.append(Term(name + ": attention", pair * work.attention_pairs * extra, 0.0, is_attention=True))
     return terms
 
 
-def adapter_bytes(work: Workload, element: int) -> float:
+def adapter_bytes(work: Workload, element: int, *, is_forward: bool = False) -> float:
     """Of one token in all layers: peft scales each matrix's output and adds it, and adds up the gradients of its input.
 
     Ten of an output (written, scaled, added; its gradient scaled and read twice) and six of an input (read twice, its
-    gradient written and added): their products are as thin as the rank and wait for memory too.
+    gradient written and added): their products are as thin as the rank and wait for memory too. Six of an output and
+    one of an input are the forward pass.
     """
     inputs, outputs = work.shape.layer_widths
-    return float(element * work.shape.layers * (10 * outputs + 6 * inputs)) if work.lora_r else 0.0
+    moved = 6 * outputs + inputs if is_forward else 10 * outputs + 6 * inputs
+    return float(element * work.shape.layers * moved) if work.lora_r else 0.0
 
 
 def _sharing_bytes(work: Workload, element: int) -> float:

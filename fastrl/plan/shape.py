@@ -135,6 +135,10 @@ def _from_config(config: Mapping[str, Any], file: Path) -> ModelShape:
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{file} has {name} {size!r}; sizes are at least 1")
     heads = config["num_attention_heads"]
+    if config.get("head_dim") is None and config["hidden_size"] < heads:
+        raise ValueError(
+            f"{file} has {heads} heads in hidden_size {config['hidden_size']}; give head_dim or fewer heads"
+        )
     return ModelShape(
         hidden=config["hidden_size"],
         layers=config["num_hidden_layers"],

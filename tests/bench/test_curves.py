@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
+from typing import Any
+
 import numpy as np
 import pytest
 
+from bench import curves
 from bench.curves import AXES, Axis, head_points, measured, slope
 
 
@@ -29,3 +34,20 @@ def test_a_training_step_is_measured_at_every_size(name: str) -> None:
     assert found["sizes"] == list(AXES[name].values[:2])
     assert min(found["times_ms"]) > 0
     assert all(b == 2 * a for a, b in zip(AXES[name].values, AXES[name].values[1:], strict=False))
+
+
+def test_a_rank_that_fails_ends_the_others_at_once_and_its_words_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import os, sys, time\nprint('boom', flush=True)\nos.environ['RANK'] == '1' and sys.exit(3)\ntime.sleep(60)"
+    real = subprocess.Popen
+    started: list[subprocess.Popen[str]] = []
+
+    def start(command: list[str], **options: Any) -> subprocess.Popen[str]:
+        started.append(real([command[0], "-S", "-c", code], **options))
+        return started[-1]
+
+    monkeypatch.setattr(curves.subprocess, "Popen", start)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"ranks ended with \[None, 3\] .*\nboom"):
+        curves._ranks(2)
+    assert time.monotonic() - begin < 20
+    assert all(process.poll() is not None for process in started)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -118,6 +120,55 @@ def test_a_child_that_talks_into_the_log_alone_is_not_hung(tmp_path, monkeypatch
         process = gpu_session._start([sys.executable, "-S", "-c", talking], dict(os.environ), log)
         paths = (tmp_path / "check.jsonl", tmp_path / "log.txt")
         assert gpu_session._watch(process, paths, time.monotonic() + 30) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_session_that_is_ended_leaves_no_child(number, tmp_path):
+    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    parent = f"""
+import sys
+sys.path.insert(0, {str(gpu_session.ROOT)!r})
+from bench import gpu_session
+real = gpu_session._start
+gpu_session._start = lambda command, environment, log: real([sys.executable, "-S", "-c", {child!r}], environment, log)
+sys.argv = ["gpu_session", "--out", {str(tmp_path / "out")!r}, "--minutes", "1"]
+gpu_session.main()
+"""
+    process = subprocess.Popen([sys.executable, "-c", parent], stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 30
+    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(20) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--minutes", "nan"], "--minutes must be above 0"),
+        (["--minutes", "0"], "--minutes must be above 0"),
+        ([], "has results already or is a file; name a new folder"),
+    ],
+)
+def test_what_would_measure_nothing_or_lose_results_is_refused(arguments, sentence, tmp_path, monkeypatch, capsys):
+    (tmp_path / "bench.jsonl").write_text('{"row": "precious"}')
+    monkeypatch.setattr(sys, "argv", ["gpu_session", "--out", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        gpu_session.main()
+    assert sentence in capsys.readouterr().err
+    assert (tmp_path / "bench.jsonl").read_text() == '{"row": "precious"}'
+
+
+def test_a_relative_folder_is_that_of_the_shell_for_the_children_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gpu_session", "--out", "out", "--dry-run"])
+    found = []
+    monkeypatch.setattr(gpu_session, "session", lambda out, *_, **__: found.append(out) or 0)
+    assert gpu_session.main() == 0
+    assert found == [tmp_path / "out"]
 
 
 def test_the_telling_rows_come_first_and_each_row_once(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -58,6 +59,25 @@ def test_a_contender_that_disagrees_or_is_absent_is_listed_and_not_timed() -> No
     assert power["floor_ratio"] > 0
     assert power["peak_gib"] >= 4000 / 2**30  # the squares
     assert power["reserved_gib"] is None  # there is no allocator to ask on a CPU
+
+
+def test_a_contender_too_large_for_the_memory_or_with_an_error_of_its_own_costs_its_record_alone() -> None:
+    def hungry(x: Tensor) -> Tensor:
+        if len(x) > 100:
+            raise torch.OutOfMemoryError("139 GiB\nand a table of the allocator")
+        return square(x)
+
+    def broken(_: Tensor) -> Tensor:
+        raise TypeError("an argument that this version has not")
+
+    given = replace(row(), check_rows=100, contenders={**row().contenders, "hungry": hungry, "broken": broken})
+    found = {
+        each["contender"]: each for each in measured(given, (1000,), dtype=torch.float32, device="cpu", quick=True)
+    }
+    assert found["hungry"]["cannot_run"] == "139 GiB"
+    assert found["hungry"]["max_error"] == 0
+    assert found["broken"]["cannot_run"] == "an argument that this version has not"
+    assert found["power"]["ms"] > 0
 
 
 def test_a_row_whose_data_is_missing_says_so_for_every_contender(monkeypatch: pytest.MonkeyPatch) -> None:

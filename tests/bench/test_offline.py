@@ -53,7 +53,7 @@ def test_missing_and_damaged_pieces_are_named(tmp_path: Path, wheels: list[Path]
         unpack(folder, tmp_path / "site")
     with pytest.raises(ValueError, match=r"has no manifest\.json"):
         unpack(tmp_path / "nowhere", tmp_path / "site")
-    for damaged in ("{", "[]", '{"pieces": [{"name": "piece-000"}], "wheels": []}'):
+    for damaged in ("{", "[]", '{"pieces": [], "wheels": []}', '{"pieces": [{"name": "piece-000"}], "wheels": []}'):
         (folder / "manifest.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
             unpack(folder, tmp_path / "site")

@@ -32,8 +32,17 @@ def test_other_numbers_of_threads_other_rows_and_axes_are_other_cases(tmp_path: 
     for each in others:
         put(path, [each])
     put(path, [{"row": "curve", "axis": "a", "contender": "ours", "threads": 1}])
-    assert len(read(path)) == 4
-    assert len({case(each) for each in read(path)}) == 4
+    put(path, [record("a", "ours", 1, dtype="bfloat16")])
+    assert len(read(path)) == 5
+    assert len({case(each) for each in read(path)}) == 5
+
+
+def test_a_damaged_file_is_named_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "step.jsonl"
+    path.write_text('{"row": "step"\n')
+    with pytest.raises(ValueError, match=r"step\.jsonl is damaged .*; move it away and measure again"):
+        put(path, [record("a", "ours", 1)])
+    assert path.read_text() == '{"row": "step"\n'
 
 
 def test_a_file_is_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,8 +142,26 @@ def test_turns_end_with_the_time_but_two_are_always_taken(monkeypatch: pytest.Mo
     clock = iter(range(1000))
     monkeypatch.setattr(training_step.time, "perf_counter", lambda: float(next(clock)))
     steps = {"a": dict, "b": dict}  # a turn of two takes four calls of the clock
-    assert len(training_step.timed(steps, 9, "cpu", seconds=0.0)["a"]) == 2
-    assert len(training_step.timed(steps, 9, "cpu")["b"]) == 9
+    assert len(training_step.timed(steps, 9, "cpu", 0.0, {})["a"]) == 2
+    assert len(training_step.timed(steps, 9, "cpu", float("inf"), {})["b"]) == 9
+
+
+def test_what_runs_out_of_memory_in_its_turn_is_not_timed_and_the_others_are() -> None:
+    calls = []
+
+    def second_time_fails() -> dict[str, float]:
+        calls.append(1)
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("140 GiB are too many")
+        return {}
+
+    reasons: dict[str, str] = {}
+    found = training_step.timed({"fastrl": dict, "other": second_time_fails}, 3, "cpu", float("inf"), reasons)
+    assert list(found) == ["fastrl"]
+    assert len(found["fastrl"]) == 3
+    assert reasons == {"other": "OutOfMemoryError: 140 GiB are too many"}
+    with pytest.raises(torch.OutOfMemoryError):
+        training_step.timed({"fastrl": second_time_fails}, 3, "cpu", float("inf"), {})
 
 
 def test_a_trl_that_computes_something_else_is_recorded_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

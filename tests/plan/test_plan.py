@@ -75,6 +75,7 @@ def test_a_shape_is_read_from_a_config_and_experts_are_refused(tmp_path: Path) -
         ('{"num_hidden_layers": -2}', "num_hidden_layers -2; sizes are at least 1"),
         ('{"num_key_value_heads": -1}', "num_key_value_heads -1; sizes are at least 1"),
         ('{"head_dim": "8"}', "head_dim '8'; sizes are at least 1"),
+        ('{"hidden_size": 2, "num_key_value_heads": null}', "4 heads in hidden_size 2; give head_dim or fewer heads"),
         ("[]", "is not an object"),
         ('{"text_config": 3}', "is not an object"),
     ],
@@ -141,6 +142,11 @@ def test_adapters_over_a_frozen_model_cost_two_thirds_and_six_times_their_own_nu
         sum(terms[name].operations for name in ("layers: products", "head: products and loss", "adapters"))
         + terms["layers: attention"].operations * 6 / 7
     )
+    again = {term.name: term for term in training_terms(replace(step, old_passes=1, has_reference=True))}
+    # The reference has no adapters.
+    scored = again["log-probabilities of reference and sampling policy"]
+    forward = 2 * (SMALL.backbone * step.fed_tokens + SMALL.head * step.head_rows)
+    assert scored.operations == pytest.approx(2 * forward + 2 * step.adapter * step.fed_tokens)
     memory = training_memory(replace(step, has_reference=True), ranks=4)
     assert memory["weights, gradients"] == 2 * SMALL.parameters + 6 * step.adapter
     assert memory["optimizer state"] == 12 * step.adapter / 4
@@ -321,11 +327,22 @@ def test_the_command_prints_a_plan_and_json(capsys: pytest.CaptureFixture[str]) 
     [
         (["--model", "gpt-5"], "neither a directory"),
         (["--model", "qwen3-8b", "--gpu", "tpu"], "no machine is called 'tpu'"),
-        (["--model", "llama-3-70b"], "GiB are needed.*: take --checkpointing, --lora_r 32, more --gpus or a smaller"),
-        (["--model", "llama-3-70b", "--lora_r", "64", "--checkpointing"], "GiB are needed.*: take a smaller model"),
+        (
+            ["--model", "llama-3-8b"],
+            "143 GiB.*on one GPU.*: take --checkpointing or --lora_r 32 or --gpus 2 or --gpu",
+        ),
+        (
+            ["--model", "qwen3-8b", "--gpu", "h100"],
+            "take --lora_r 32 or --gpus 8 or --gpu b200 or a smaller",
+        ),
+        (["--model", "qwen3-0.6b", "--gpus", "1", "--prompts", "1000000000000"], "plan at most 1,000,000"),
+        (["--model", "qwen3-8b", "--context", "100"], "take a longer context or fewer"),
+        (
+            ["--model", "llama-3-70b", "--lora_r", "64", "--checkpointing"],
+            "take --gpus 64 or --gpu b200 or a smaller",
+        ),
         (["--model", "llama-3-70b", "--lora_r", "8", "--checkpointing"], "sequence.*: take a shorter --context"),
         (["--model", "qwen3-8b", "--lora_r", "-1"], "--lora_r must be at least 0"),
-        (["--model", "qwen3-8b", "--context", "100"], "leaves no room"),
         (["--model", "qwen3-8b", "--without_signal", "1"], "must be in"),
         (["--model", "qwen3-8b", "--prompts", "0"], "at least 1"),
     ],
