@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastrl.ops import TokenStats, linear_logprob, linear_token_loss
 from fastrl.ops.backend import BACKENDS
+from fastrl.ops.first_order import first_order
 
 # logprob [C], entropy [C], places [C] int64 among the rows that are scored -> loss [C]
 TokenRule = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -211,6 +212,7 @@ class _Cast(torch.autograd.Function):
         return weight.to(dtype)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None, None]:
         gradient = ctx.total.clone()
         ctx.total.zero_()  # a second backward through the same graph sums afresh

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastrl.ops.first_order import first_order
 from fastrl.ops.gemm import accumulation_dtype, operand
 from fastrl.ops.head import HeadGradient, HeadOperands, HeadSetting, HeadTensors, Needs, head_operands
 from fastrl.ops.logit_map import LogitMap
@@ -142,7 +142,7 @@ class _DivergencePass(torch.autograd.Function):
         return loss, numbers
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order
     def backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 8

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrl.ops.backend import Implementations, choose
 from fastrl.ops.checks import check_shapes
+from fastrl.ops.first_order import first_order
 
 KERNELS = "fastrl.kernels.layers"
 OPERATORS = ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rotary")  # of fastrl._C
@@ -210,7 +210,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         passes: Layers = ctx.backend
         x, weight, scale = ctx.saved_tensors
@@ -227,7 +227,7 @@ class _SwiGLU(torch.autograd.Function):
         return backend.swiglu(gate, up)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         passes: Layers = ctx.backend
         return *passes.swiglu_backward(grad.contiguous(), *ctx.saved_tensors), None
@@ -244,7 +244,7 @@ class _Rotary(torch.autograd.Function):
         return backend.rotary(query.contiguous(), key.contiguous(), cos, sin, False)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         passes: Layers = ctx.backend
         cos, sin = ctx.saved_tensors

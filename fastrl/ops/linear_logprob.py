@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fastrl.ops.backend import Implementations, choose
 from fastrl.ops.checks import check_chunk_rows, check_head, check_map, check_shapes, check_target
 from fastrl.ops.compiled import declared_logprob, is_declared
+from fastrl.ops.first_order import first_order
 from fastrl.ops.gemm import accumulation_dtype, operand
 from fastrl.ops.head import (
     HeadGradient,
@@ -255,7 +255,7 @@ class _LinearLogprob(torch.autograd.Function):
         return logprob.clone(), entropy.clone(), lse.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, lora_a, lora_b, target, _, stats, *kept = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.autograd.function import once_differentiable
 
 from fastrl.ops.backend import Implementations, choose
 from fastrl.ops.checks import check_chunk_rows, check_constant, check_head, check_map, check_shapes, check_target
+from fastrl.ops.first_order import first_order
 from fastrl.ops.gemm import accumulation_dtype
 from fastrl.ops.head import HeadSetting, HeadTensors, Needs, default_chunk_rows
 from fastrl.ops.linear_logprob import reference_logits
@@ -233,7 +233,7 @@ class _SinglePass(torch.autograd.Function):
         return loss, *stats, skipped_bound
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 9

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrl.ops.backend import Implementations, choose
 from fastrl.ops.checks import check_chunk_rows, check_map, check_shapes, check_target, check_vocab
+from fastrl.ops.first_order import first_order
 from fastrl.ops.gemm import accumulation_dtype
 from fastrl.ops.head import chunks, default_chunk_rows
 from fastrl.ops.logit_map import LogitMap
@@ -109,7 +109,7 @@ class _LogitsLogprob(torch.autograd.Function):
         return logprob.clone(), entropy.clone(), lse.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, target, _, stats = ctx.saved_tensors
         of_all, grads = RowStats(*stats.unbind()), RowGrads(*upstream)

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrl.ops.backend import Implementations, choose
 from fastrl.ops.checks import check_shapes
+from fastrl.ops.first_order import first_order
 
 IMPLEMENTATIONS = Implementations(
     op="reverse_scan", triton="fastrl.kernels.reverse_scan", native="fastrl::reverse_scan"
@@ -155,7 +155,7 @@ class _ReverseScan(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         dx, ddecay = ctx.backward_scan(dy.contiguous(), *ctx.saved_tensors, ctx.needs_input_grad[1])
         return dx, ddecay, None, None

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrl.ops.backend import Implementations, choose
 from fastrl.ops.checks import check_shapes
+from fastrl.ops.first_order import first_order
 
 IMPLEMENTATIONS = Implementations(op="token_objective", triton="fastrl.kernels.token_objective")
 
@@ -314,7 +314,7 @@ class _ClosedForm(torch.autograd.Function):
         return loss, d_logprob
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (d_logprob,) = ctx.saved_tensors
         d_entropy = -ctx.entropy_coef * d_loss if ctx.needs_input_grad[5] else None
@@ -338,7 +338,7 @@ class _Fused(torch.autograd.Function):
         return loss, *others
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         d_logprob, weight, nonfinite = ctx.saved_tensors
         d_entropy = None

@@ -114,3 +114,24 @@ def test_main_grad_is_filled_by_a_compiled_step_too(step):
         buffers.append(weight.main_grad)
     assert buffers[0].std() > 0
     torch.testing.assert_close(*buffers)
+
+
+def test_a_derivative_of_the_gradient_is_refused():
+    hidden, weight, target = linear_logprob_inputs(N, D, V)
+    hidden.requires_grad_()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def compiled(hidden):
+        return linear_logprob(hidden, weight, target).logprob.sum()
+
+    with pytest.raises(RuntimeError, match=r"double backward"):
+        torch.autograd.grad(compiled(hidden), hidden, create_graph=True)[0].sum().backward()
+
+
+def test_a_derivative_of_the_operators_gradient_is_refused():
+    hidden, weight, target = linear_logprob_inputs(N, D, V)
+    hidden.requires_grad_()
+    options = (None, 1.0, None, 1.0, 1.0, None, None, False, None)
+    logprob, _, _ = torch.ops.fastrl.linear_logprob(hidden, weight, None, None, None, target, *options)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        torch.autograd.grad(logprob.sum(), hidden, create_graph=True)[0].sum().backward()
