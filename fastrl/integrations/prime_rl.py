@@ -24,7 +24,7 @@ class FusedOutputLinear(torch.nn.Linear):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, labels: Tensor | None = None, temperature: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """[b, s, h] hidden states, [b, s] labels that are shifted already, [b, s] temperatures.
+        """[b, s, h] hidden states, [b, s] integer labels that are shifted already, [b, s] temperatures.
 
         Returns:
             logprobs and entropy [b, s] float32, nats; differentiable by hidden_states and the weight.
@@ -35,7 +35,7 @@ class FusedOutputLinear(torch.nn.Linear):
         stats = linear_logprob(
             head.hidden,
             head.weight,
-            labels.flatten(),
+            labels.flatten().to(torch.int64),
             temperature=temperature.flatten().float(),
             chunk_rows=self.chunk_size,
         )

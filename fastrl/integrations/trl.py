@@ -205,5 +205,11 @@ def _exchange(present: dict[str, Any], wanted: dict[str, Any]) -> set[str]:
 def __getattr__(name: str) -> Callable[..., Any]:
     # The trainers inherit from TRL's, which takes seconds to import and may be absent.
     if name in ("FastDPOTrainer", "FastGRPOTrainer"):
-        return getattr(import_module("fastrl.integrations.trl_trainers"), name)  # type: ignore[no-any-return]
+        try:
+            trainers = import_module("fastrl.integrations.trl_trainers")
+        except ModuleNotFoundError as error:
+            if error.name != "trl":
+                raise
+            raise ImportError(f"{name} needs TRL, which is not installed: pip install 'trl>=1.16,<2'") from None
+        return getattr(trainers, name)  # type: ignore[no-any-return]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

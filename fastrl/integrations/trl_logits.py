@@ -30,9 +30,9 @@ def selective_log_softmax(
         ValueError: a temperature that is not positive, shapes that do not fit.
     """
     if index.dim() == logits.dim():
-        lse = _stats(logits, index[..., 0], temperature).lse
-        chosen = logits.gather(-1, index).to(lse.dtype) / temperature
-        logprob = chosen - lse[..., None]
+        lse = _stats(logits, logits.new_zeros(logits.shape[:-1], dtype=torch.int64), temperature).lse
+        chosen = logits.gather(-1, index.clamp(min=0)).to(lse.dtype) / temperature
+        logprob = (chosen - lse[..., None]).masked_fill(index < 0, 0.0)
     else:
         logprob = _stats(logits, index, temperature).logprob
     return _returned(logprob, logits, row_mask)

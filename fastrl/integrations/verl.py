@@ -41,7 +41,7 @@ def linear_cross_entropy(
         weight: [V, D], or this rank's equal part of the vocabulary with dist_process_group; differentiable.
         labels: [..] int64 ids of the whole vocabulary; [N] in all.
         temperature: divides the logits.
-        reduction: of the log-probabilities: "none", "sum" or "mean". The entropies stay one per token.
+        reduction: of the log-probabilities: "none", "sum" or "mean", in any case. The entropies stay one per token.
         dist_process_group: ranks that hold the vocabulary together; hidden states are the same on each. As from verl's
             kernel, the sum of the ranks' d hidden is the gradient: verl's models add them up.
 
@@ -51,6 +51,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: an unknown reduction, or shapes that do not fit.
     """
+    reduction = reduction.lower()
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
     if dist_process_group is not None and hidden.requires_grad:
@@ -88,9 +89,7 @@ class FusedLinearForPPO(torch.nn.Module):
 
 def clipped(log_ratio: Tensor, advantage: Tensor, config: Any) -> Tensor:
     """verl's vanilla: clip_ratio, clip_ratio_low, clip_ratio_high, and clip_ratio_c for the dual clip (3)."""
-    low, high = (
-        config.clip_ratio if bound is None else bound for bound in (config.clip_ratio_low, config.clip_ratio_high)
-    )
+    low, high = _clip(config)
     dual = config.get("clip_ratio_c", 3.0)
     if not dual > 1:
         raise ValueError(f"clip_ratio_c is the dual clip's bound and must be above 1, got {dual}")
@@ -98,9 +97,10 @@ def clipped(log_ratio: Tensor, advantage: Tensor, config: Any) -> Tensor:
 
 
 def cispo(log_ratio: Tensor, advantage: Tensor, config: Any) -> Tensor:
-    """MiniMax's, with 1 + clip_ratio_high (or clip_ratio) as the cap of the ratio."""
-    high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
-    return losses.cispo(log_ratio.clamp(-20, 20), advantage, high=1 + high)
+    """verl's cispo: MiniMax's with a floor, the ratio held between 1 - clip_ratio_low and 1 + clip_ratio_high."""
+    low, high = _clip(config)
+    log_ratio = log_ratio.clamp(-20, 20)
+    return -log_ratio.exp().clamp(1 - low, 1 + high).detach() * advantage * log_ratio
 
 
 def sapo(log_ratio: Tensor, advantage: Tensor, config: Any) -> Tensor:
@@ -114,6 +114,12 @@ def sapo(log_ratio: Tensor, advantage: Tensor, config: Any) -> Tensor:
 def reinforce(log_ratio: Tensor, advantage: Tensor, config: Any) -> Tensor:
     """Plain policy gradient; without an importance weight, so config is not read."""
     return losses.reinforce(log_ratio, advantage)
+
+
+def _clip(config: Any) -> tuple[float, float]:
+    """clip_ratio_low and clip_ratio_high, each clip_ratio where it is None."""
+    low, high = config.clip_ratio_low, config.clip_ratio_high
+    return config.clip_ratio if low is None else low, config.clip_ratio if high is None else high
 
 
 SURROGATES: dict[str, Surrogate] = {
@@ -147,7 +153,8 @@ def policy_loss(surrogate: Surrogate, aggregate: Callable[..., Tensor]) -> Calla
     ) -> tuple[Tensor, dict[str, Any]]:
         if config is None:
             raise ValueError("a policy loss needs the actor's config: it has the clip and the size of the batch")
-        log_ratio = log_prob - old_log_prob
+        # A sampler may leave NaN where there is no token; nothing of it reaches the loss, the gradient or the metric.
+        log_ratio = (log_prob - old_log_prob).where(response_mask.bool(), 0.0)
         per_token = surrogate(log_ratio, advantages, config)
         if rollout_is_weights is not None:
             per_token = per_token * rollout_is_weights
@@ -165,8 +172,16 @@ def register() -> list[str]:
 
     Returns:
         Their names, for `actor_rollout_ref.actor.policy_loss.loss_mode`.
+
+    Raises:
+        ImportError: verl is not installed.
     """
-    host = import_module("verl.trainer.ppo.core_algos")
+    try:
+        host = import_module("verl.trainer.ppo.core_algos")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "verl":
+            raise
+        raise ImportError(f"register() needs verl, and {error.name} is not here: pip install verl") from None
     for name, surrogate in SURROGATES.items():
         host.register_policy_loss(name)(policy_loss(surrogate, host.agg_loss))
     return list(SURROGATES)

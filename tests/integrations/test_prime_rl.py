@@ -37,3 +37,9 @@ def test_it_wants_labels_and_temperatures() -> None:
         FusedOutputLinear(2, 3)(torch.zeros(1, 1, 2), None, torch.ones(1, 1))
     with pytest.raises(AssertionError, match="per-token temperatures"):
         FusedOutputLinear(2, 3)(torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.long))
+
+
+def test_labels_may_be_of_any_integer_dtype() -> None:
+    head, hidden, labels = FusedOutputLinear(2, 3), torch.randn(1, 2, 2), torch.tensor([[0, 2]])
+    found, expected = head(hidden, labels.int(), torch.ones(1, 2)), head(hidden, labels, torch.ones(1, 2))
+    torch.testing.assert_close(found, expected)

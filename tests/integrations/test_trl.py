@@ -216,3 +216,11 @@ def test_a_hook_of_the_head_is_passed_by_with_trls_own_head_and_with_fastrls() -
     torch.testing.assert_close(model(**batch, fused_lm_head=True).loss, expected)
     with integration.patched():
         torch.testing.assert_close(model(**batch, fused_lm_head=True).loss, expected)
+
+
+@pytest.mark.parametrize("name", ["FastGRPOTrainer", "FastDPOTrainer"])
+def test_a_trainer_without_trl_says_what_to_install(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "fastrl.integrations.trl_trainers", raising=False)
+    monkeypatch.setitem(sys.modules, "trl", None)  # as if it were not installed
+    with pytest.raises(ImportError, match=f"{name} needs TRL.*pip install 'trl>=1.16,<2'"):
+        getattr(importlib.import_module("fastrl.integrations.trl"), name)

@@ -96,3 +96,17 @@ def test_a_temperature_must_be_positive(function: Callable[..., Any]) -> None:
     logits, index = inputs((3, 11))
     with pytest.raises(ValueError, match="temperature must be positive"):
         function(logits, index, temperature=0.0)
+
+
+def test_several_classes_may_be_ignored_or_none() -> None:
+    logits, index = inputs((3, 5, 11))
+    several = torch.stack([index, torch.full_like(index, -100)], -1)
+    for order in (several, several.flip(-1)):
+        got = selective_log_softmax(logits, order)
+        torch.testing.assert_close(got[order >= 0].view(3, 5), selective_log_softmax(logits, index))
+        assert (got[order < 0] == 0).all()
+    (gradient,) = torch.autograd.grad(got.sum(), logits)
+    torch.testing.assert_close(
+        gradient, torch.autograd.grad(selective_log_softmax(logits, index).sum(), logits)[0], rtol=1e-5, atol=1e-6
+    )
+    assert selective_log_softmax(logits, several[..., :0]).shape == (3, 5, 0)

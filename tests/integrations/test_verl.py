@@ -150,3 +150,38 @@ def test_two_ranks_with_half_a_vocabulary_each_add_up_as_verls_do() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     spawn(on_a_rank, (port,), nprocs=2)
+
+
+def test_without_verl_register_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "verl", None)  # as if it were not installed
+    with pytest.raises(ImportError, match=r"needs verl.*pip install verl"):
+        verl.register()
+
+
+def test_a_reduction_may_be_in_capitals() -> None:
+    hidden, weight, labels = inputs(torch.float32)
+    mean = verl.linear_cross_entropy(hidden, weight, labels, reduction="mean")[0]
+    assert verl.linear_cross_entropy(hidden, weight, labels, reduction="MEAN")[0] == mean
+
+
+@pytest.mark.parametrize("name", ["fastrl_clipped", "fastrl_cispo", "fastrl_sapo", "fastrl_reinforce"])
+def test_nan_under_the_mask_reaches_nothing(name: str, registry: dict[str, Any]) -> None:
+    log_prob = torch.tensor([[-1.0, -2.0, -3.0]], requires_grad=True)
+    old, mask = torch.tensor([[-1.5, -2.0, float("nan")]]), torch.tensor([[1.0, 1.0, 0.0]])
+    loss, metrics = registry[name](old, log_prob, torch.ones(1, 3), mask, config=config())
+    loss.backward()
+    assert log_prob.grad is not None
+    assert log_prob.grad.isfinite().all()
+    assert loss.isfinite()
+    assert metrics["actor/ppo_kl"] == pytest.approx(-0.25)
+
+
+@pytest.mark.parametrize("bounds", [{"clip_ratio_low": 0.1}, {}], ids=["a floor of its own", "clip_ratio"])
+def test_cispo_holds_the_ratio_between_both_bounds(bounds: dict[str, float], registry: dict[str, Any]) -> None:
+    # ratios e^-0.5 = 0.6065 under the floor, 1, and e^0.5 = 1.6487 over the cap of 1.28
+    log_prob = torch.tensor([[-0.5, 0.0, 0.5]], requires_grad=True)
+    x = torch.zeros(1, 3)
+    loss, _ = registry["fastrl_cispo"](x, log_prob, torch.ones(1, 3), torch.ones(1, 3), config=config(**bounds))
+    loss.backward()
+    floor = 1 - bounds.get("clip_ratio_low", 0.2)
+    torch.testing.assert_close(log_prob.grad, -torch.tensor([[floor, 1.0, 1.28]]) / 3 * 2)

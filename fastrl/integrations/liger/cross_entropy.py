@@ -109,10 +109,12 @@ class LigerFusedLinearCrossEntropyLoss(torch.nn.Module):
             stats = linear_logprob(head.hidden, head.weight, target, bias=head.bias, softcap=self.softcap)
             cross_entropy, lse, logprob = -stats.logprob, stats.lse, stats.logprob
             if self.ce_weight is not None:
-                cross_entropy = cross_entropy * self.ce_weight[target.clamp(min=0)]
+                cross_entropy = cross_entropy * self.ce_weight.to(lse.dtype)[target.clamp(min=0)]
         z_loss = (self.lse_square_scale * lse.square()).where(is_read, 0.0)
         if self.reduction == "mean":
-            counted = is_read.float() if self.ce_weight is None else self.ce_weight[target.clamp(min=0)] * is_read
+            counted = is_read.to(lse.dtype)
+            if self.ce_weight is not None:
+                counted = self.ce_weight.to(lse.dtype)[target.clamp(min=0)] * is_read
             cross_entropy = cross_entropy / counted.sum()
             z_loss = z_loss / is_read.sum()
         scale = logprob.detach().exp() if self.use_token_scaling else torch.ones_like(lse)
@@ -124,11 +126,12 @@ class LigerFusedLinearCrossEntropyLoss(torch.nn.Module):
 
     def _smoothed_rows(self, head: Operands, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[N] smoothed cross entropy, lse, and log-probability of the target, by torch on chunks of logits."""
+        class_weight = None if self.ce_weight is None else self.ce_weight.float()
 
         def of_chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
             z = LogitMap(softcap=self.softcap).apply(functional.linear(hidden, weight, bias).float())
             smoothed = functional.cross_entropy(
-                z, labels, self.ce_weight, ignore_index=-1, reduction="none", label_smoothing=self.label_smoothing
+                z, labels, class_weight, ignore_index=-1, reduction="none", label_smoothing=self.label_smoothing
             )
             plain = -functional.cross_entropy(z, labels, ignore_index=-1, reduction="none")
             return torch.stack([smoothed, z.logsumexp(-1), plain])
@@ -156,5 +159,6 @@ def _predicted(head: Operands) -> Tensor:
 
 
 def _chunks(head: Operands) -> list[slice]:
+    """Rows worked on together; one empty chunk of an empty batch."""
     rows = len(head.hidden)
-    return list(chunks(rows, default_chunk_rows(rows, len(head.weight), head.hidden.device)))
+    return list(chunks(rows, default_chunk_rows(rows, len(head.weight), head.hidden.device))) or [slice(0, 0)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -107,6 +109,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         if not self.use_ref_model or (self.beta == 0 and logps is None):
             return None
         if logps is not None:
+            if hidden is not None:
+                warnings.warn("ref_per_token_logps and ref_input were both given: ref_input is not used", stacklevel=3)
             return logps
         if hidden is None or weight is None:
             raise ValueError("use_ref_model needs ref_per_token_logps, or ref_input and ref_weight")

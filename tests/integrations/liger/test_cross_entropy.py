@@ -125,3 +125,29 @@ def test_scaled_cross_entropy_is_nll_and_entropy_at_a_temperature() -> None:
             apply(hidden, weight, target, **wrong)
     with pytest.raises(ValueError, match=r"outside \[0, 13\)"):
         apply(hidden, weight, target + V)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_class_weights_of_the_heads_dtype_are_summed_in_float32(dtype: torch.dtype, label_smoothing: float) -> None:
+    hidden, weight, _, target = (x if x.dtype == torch.int64 else x.to(dtype) for x in inputs())
+    class_weight = torch.linspace(0.1, 1.1, len(weight)).to(dtype)
+    module = LigerFusedLinearCrossEntropyLoss(class_weight, label_smoothing=label_smoothing)
+    logits = hidden.double() @ weight.double().T
+    expected = cross_entropy(logits, target, class_weight.double(), label_smoothing=label_smoothing)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(module(weight, hidden, target).double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("options", [{"ce_weight": True, "label_smoothing": 0.1}, {"return_predicted_tokens": True}])
+def test_no_rows_cost_nothing(options: dict[str, Any]) -> None:
+    hidden, weight, _, target = inputs()
+    hidden = hidden[:0].requires_grad_()
+    if options.get("ce_weight"):
+        options = options | {"ce_weight": torch.ones(len(weight))}
+    found: Any = LigerFusedLinearCrossEntropyLoss(**options)(weight, hidden, target[:0])
+    loss = found if isinstance(found, Tensor) else found.loss
+    loss.backward()
+    assert loss == 0
+    assert hidden.grad is not None
+    assert isinstance(found, Tensor) or found.predicted_tokens.shape == (0,)

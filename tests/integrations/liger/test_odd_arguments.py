@@ -127,3 +127,12 @@ def test_labels_and_class_weights_of_other_shapes_are_refused() -> None:
     loss = liger.LigerFusedLinearCrossEntropyLoss(ce_weight=torch.ones(V + 1))
     with pytest.raises(ValueError, match=r"ce_weight must be \[23\], got shape \(24,\)"):
         loss(WEIGHT, HIDDEN.flatten(0, 1), IDS.flatten())
+
+
+def test_a_reference_given_twice_is_told_of() -> None:
+    hidden, weight, ids = torch.randn(2, 3, 4), torch.randn(5, 4), torch.zeros(2, 3, dtype=torch.int64)
+    loss, known = liger.LigerFusedLinearGRPOLoss(), torch.full((2, 3), -1.0)
+    arguments = (hidden, weight, ids, torch.ones(2, 3), torch.ones(2), None, known)
+    with pytest.warns(UserWarning, match="ref_input is not used"):
+        twice = loss(*arguments, ref_input=hidden, ref_weight=weight)[0]
+    assert twice == loss(*arguments)[0]
