@@ -29,8 +29,9 @@ README_ROWS = (
 KINDS = {"cpu": "A CPU", "cuda": "A GPU"}
 # What the ops choose by themselves, best first, and what other programs call their own side. The rest is a rival, but
 # for ablations and forms of ours that nobody gets by default.
-OURS = {"cpu": ("fastrl", "with fastrl", "native", "torch"), "cuda": ("fastrl", "with fastrl", "triton", "torch")}
-FORMS = ("linear_logprob", "torch, ", "no packing", "eager head", "no skipping", "no sharing", "TRL, ")
+_NAMES = ("fastrl", "with fastrl", "fastrl's trainer, packed", "trl, patched")
+OURS = {"cpu": (*_NAMES, "native", "torch"), "cuda": (*_NAMES, "triton", "torch")}
+FORMS = ("linear_logprob", "torch, ", "no packing", "eager head", "no skipping", "no sharing", "TRL, ", "trl, patched")
 WIDTH, LINE, LEFT, RIGHT = 760, 18, 330, 60
 
 
@@ -163,15 +164,19 @@ def figure(found: Sequence[Comparison], title: str) -> str:
 
 
 def predictions(records: Iterable[Record], *, prefix: str) -> str:
-    """The cost model's step time and the measured one, for every record that has both."""
-    lines = ["| machine | step | predicted ms | measured ms | measured / predicted |", "|" + " --- |" * 5]
+    """The cost model's step time and peak memory beside the measured ones, for every record that has them."""
+    head = "| machine | step | predicted ms | measured ms | measured / predicted "
+    lines = [head + "| predicted MiB | measured MiB | measured / predicted |", "|" + " --- |" * 8]
     for record in records:
         predicted = record.values.get("predicted_ms")
         if predicted is not None:
             ratio = float(record.values["ms"]) / float(predicted)
             measured = f"[{_ms(record)}]({prefix}{record.link})"
             shape = record.values["shape"]["name"]
-            lines.append(f"| {record.values['device']} | {shape} | {predicted:.0f} | {measured} | {ratio:.2f} |")
+            line = f"| {record.values['device']} | {shape} | {predicted:.0f} | {measured} | {ratio:.2f} "
+            made, peak = (record.values.get(name) for name in ("predicted_peak_gib", "peak_gib"))
+            memory = "- | - | -" if made is None else f"{1024 * made:.1f} | {1024 * peak:.1f} | {peak / made:.2f}"
+            lines.append(f"{line}| {memory} |")
     return "\n".join(lines) if len(lines) > 2 else "Not measured."
 
 

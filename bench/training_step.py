@@ -125,7 +125,7 @@ def measured(case: Case, *, device: str, repeats: int, seconds: float = float("i
         memory = training_memory(work, each, chunk_bytes=chunk)
         # What a step makes: activations, the head's chunks, and gradients, which the plan counts with the weights.
         made = memory["activations"] + memory["head"] + float(GRADIENT_BYTES) * work.trainable
-        predicted[name] = {"predicted_ms": ms, "predicted_gib": made / 2**30}
+        predicted[name] = {"predicted_ms": ms, "predicted_peak_gib": made / 2**30}
     tokens = sum(len(each.prompt_ids) + len(each.completion_ids) for each in replay.rollouts)
     for name, samples in times.items():
         deciles = statistics.quantiles(samples, n=10, method="inclusive")

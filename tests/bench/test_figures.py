@@ -82,6 +82,9 @@ def test_predictions_and_curves_get_their_own_tables(root: Path) -> None:
     curve = {"axis": "rows", "contender": "fastrl", "sizes": [1.0, 2.0], "times_ms": [3.0, 6.0], "slope": 1.0}
     lines = [
         record("fastrl", 110.0, row="training_step", predicted_ms=100.0),
+        record(
+            "fastrl", 90.0, row="training_step", predicted_ms=100.0, predicted_peak_gib=0.25, peak_gib=0.2, dtype="f"
+        ),
         {"row": "curve", **curve, "memory_slope": 0.25, **ORIGIN},
     ]
     folder = root / "bench" / "results"
@@ -90,8 +93,9 @@ def test_predictions_and_curves_get_their_own_tables(root: Path) -> None:
     (root / "docs" / "plan.md").write_text(kinds)
     found = outputs(root)
     page = found[root / "docs" / "plan.md"]
-    assert "| small | 100 | [110](../bench/results/more.cpu.jsonl#L1) | 1.10 |" in page
-    assert "| rows | fastrl | 1 | 2 | [size^1.00](../bench/results/more.cpu.jsonl#L2) | size^0.25 |" in page
+    assert "| small | 100 | [110](../bench/results/more.cpu.jsonl#L1) | 1.10 | - | - | - |" in page
+    assert "| small | 100 | [90.0](../bench/results/more.cpu.jsonl#L2) | 0.90 | 256.0 | 204.8 | 0.80 |" in page
+    assert "| rows | fastrl | 1 | 2 | [size^1.00](../bench/results/more.cpu.jsonl#L3) | size^0.25 |" in page
     drawn = ElementTree.fromstring(found[root / "docs" / "curves.svg"])
     assert len(drawn.findall("{http://www.w3.org/2000/svg}polyline")) == 1
 
@@ -100,7 +104,9 @@ def test_forms_of_ours_are_no_rivals() -> None:
     assert is_rival("torch's own", "cpu")
     assert is_rival("torch.rms_norm", "cpu")
     assert is_rival("trl (dynamic)", "cpu")
-    assert not any(is_rival(name, "cpu") for name in ("torch", "torch, compiled", "linear_logprob", "no packing"))
+    ours = ("torch", "torch, compiled", "linear_logprob", "no packing", "trl, patched", "fastrl's trainer, packed")
+    assert not any(is_rival(name, "cpu") for name in ours)
+    assert is_rival("trl", "cpu")
 
 
 def test_the_committed_tables_are_those_of_the_committed_records() -> None:
