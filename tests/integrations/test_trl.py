@@ -74,11 +74,14 @@ def utils() -> Any:
 
 
 def held() -> dict[tuple[str, str], Any]:
-    """What every module of TRL holds under the names that are replaced."""
+    """What every module of TRL holds under the names that are replaced.
+
+    But for `trl.kernels`: where Triton is installed, TRL's own kernel of logits has the name of the function above it.
+    """
     return {
         (name, attribute): vars(module)[attribute]
         for name, module in list(sys.modules.items())
-        if name == "trl" or name.startswith("trl.")
+        if (name == "trl" or name.startswith("trl.")) and not name.startswith("trl.kernels")
         for attribute in integration.SIGNATURES
         if attribute in vars(module)
     }
