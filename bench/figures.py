@@ -174,8 +174,10 @@ def predictions(records: Iterable[Record], *, prefix: str) -> str:
             measured = f"[{_ms(record)}]({prefix}{record.link})"
             shape = record.values["shape"]["name"]
             line = f"| {record.values['device']} | {shape} | {predicted:.0f} | {measured} | {ratio:.2f} "
-            made, peak = (record.values.get(name) for name in ("predicted_peak_gib", "peak_gib"))
-            memory = "- | - | -" if made is None else f"{1024 * made:.1f} | {1024 * peak:.1f} | {peak / made:.2f}"
+            memory = "- | - | -"
+            if "predicted_peak_gib" in record.values:
+                made, peak = (float(record.values[name]) for name in ("predicted_peak_gib", "peak_gib"))
+                memory = f"{1024 * made:.1f} | {1024 * peak:.1f} | {peak / made:.2f}"
             lines.append(f"{line}| {memory} |")
     return "\n".join(lines) if len(lines) > 2 else "Not measured."
 
