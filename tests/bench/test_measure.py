@@ -70,13 +70,20 @@ def test_a_contender_too_large_for_the_memory_or_with_an_error_of_its_own_costs_
     def broken(_: Tensor) -> Tensor:
         raise TypeError("an argument that this version has not")
 
-    given = replace(row(), check_rows=100, contenders={**row().contenders, "hungry": hungry, "broken": broken})
+    def even(x: Tensor) -> Tensor:
+        if len(x) == 1000:
+            raise RuntimeError("no multiple of 64")
+        return square(x)
+
+    added = {"hungry": hungry, "broken": broken, "even": even}
+    given = replace(row(), check_rows=100, contenders={**row().contenders, **added})
     found = {
         each["contender"]: each for each in measured(given, (1000,), dtype=torch.float32, device="cpu", quick=True)
     }
     assert found["hungry"]["cannot_run"] == "139 GiB"
     assert found["hungry"]["max_error"] == 0
     assert found["broken"]["cannot_run"] == "an argument that this version has not"
+    assert found["even"]["cannot_run"] == "no multiple of 64"
     assert found["power"]["ms"] > 0
 
 
