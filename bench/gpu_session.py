@@ -11,7 +11,7 @@ known; a child that crashes, hangs or breaks the device is replaced and goes on 
     check.jsonl   fastrl kernels check                 bench.jsonl   benchmark records, the most telling rows first
     tune.jsonl    each candidate's time                tuned.json    the fastest per (architecture, kernel, shape)
 
-`--dry-run` does the same on a CPU in a minute, at sizes that prove only that every line runs.
+`--dry-run` does the same on a CPU in two to five minutes, at sizes that prove only that every line runs.
 """
 
 from __future__ import annotations

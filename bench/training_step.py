@@ -7,6 +7,8 @@ contender takes the same optimizer step from the same rollouts, rewards and adva
     no packing        one sequence in a micro-batch
     eager head        N x V logits and autograd
     no skipping       completions with advantage 0 go through the model too
+    no sharing        a group's prompt goes through the model once for each completion
+    none of these     without the first three, and so without sharing
 
 and on a GPU one puts something in: "triton layers" runs `kernels.layers: triton` on the same weights. Where TRL is
 installed its GRPO trainer takes the step too: see `bench.trl_contender`.

@@ -116,8 +116,8 @@ def _workload(options: argparse.Namespace) -> Workload:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
     if options.prompts * options.generations > MOST_COMPLETIONS:
         raise ValueError(
-            f"--prompts {options.prompts} times --generations {options.generations} are one GPU's step; "
-            f"plan at most {MOST_COMPLETIONS:,}"
+            f"--prompts {options.prompts} times --generations {options.generations} are too many completions for one "
+            f"GPU's step; plan at most {MOST_COMPLETIONS:,}"
         )
     if not 0 <= options.without_signal < 1:
         raise ValueError(f"--without_signal must be in [0, 1), got {options.without_signal}")
