@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,13 +115,10 @@ def plain_model(
         "tie_word_embeddings": shape.tied,
     }
     torch.manual_seed(SEED)
-    make: Callable[[], PreTrainedModel]
-    if shape.qk_norm:
-        make = lambda: Qwen3ForCausalLM(Qwen3Config(**sizes))  # noqa: E731
-    else:
-        make = lambda: LlamaForCausalLM(LlamaConfig(**sizes))  # noqa: E731
     with torch.device(device):
-        model = make().to(dtype)
+        model: PreTrainedModel = (
+            Qwen3ForCausalLM(Qwen3Config(**sizes)) if shape.qk_norm else LlamaForCausalLM(LlamaConfig(**sizes))
+        ).to(dtype)
     if lora_r > 0:
         _adapt(model, lora_r)
     return model
