@@ -99,7 +99,8 @@ def clipped(log_ratio: Tensor, advantage: Tensor, config: Any) -> Tensor:
 def cispo(log_ratio: Tensor, advantage: Tensor, config: Any) -> Tensor:
     """verl's cispo: MiniMax's with a floor, the ratio held between 1 - clip_ratio_low and 1 + clip_ratio_high."""
     low, high = _clip(config)
-    return losses.cispo(log_ratio.clamp(-20, 20), advantage, low=1 - low, high=1 + high)
+    log_ratio = log_ratio.clamp(-20, 20)
+    return -log_ratio.exp().clamp(1 - low, 1 + high).detach() * advantage * log_ratio
 
 
 def sapo(log_ratio: Tensor, advantage: Tensor, config: Any) -> Tensor:

@@ -53,17 +53,16 @@ def clipped(
     return torch.where(advantage < 0, torch.minimum(loss, -dual_clip * advantage), loss)
 
 
-def cispo(log_ratio: Tensor, advantage: Tensor, *, low: float = 0.0, high: float = 5.0) -> Tensor:
+def cispo(log_ratio: Tensor, advantage: Tensor, *, high: float = 5.0) -> Tensor:
     """REINFORCE with a capped, detached importance weight: every token keeps a gradient.
 
-        loss[t] = -stop(min(max(r[t], low), high)) A[t] log_ratio[t],    r = exp(log_ratio)
+        loss[t] = -stop(min(r[t], high)) A[t] log_ratio[t],    r = exp(log_ratio)
 
-    Gradient: -min(max(r, low), high) A.
+    Gradient: -min(r, high) A.
 
     Args:
         log_ratio: [T] log-probability now minus when sampled, nats; differentiable.
         advantage: [T] in units of reward; a constant.
-        low: floor of r itself; the paper trains without one, as 0 does.
         high: cap on r itself, not on its distance from 1 (open-instruct's 0.272 is 1.272 here).
 
     Returns:
@@ -72,7 +71,7 @@ def cispo(log_ratio: Tensor, advantage: Tensor, *, low: float = 0.0, high: float
 
     Source: MiniMax 2025, arXiv:2506.13585, sec. 3.1.
     """
-    return -log_ratio.exp().clamp(low, high).detach() * advantage * log_ratio
+    return -log_ratio.exp().clamp(max=high).detach() * advantage * log_ratio
 
 
 def reinforce(log_ratio: Tensor, advantage: Tensor) -> Tensor:
